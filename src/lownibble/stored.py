@@ -218,7 +218,8 @@ def _gptq(stored: Mapping[str, Any]) -> QuantConfig | None:
 def _compressed(stored: Mapping[str, Any]) -> QuantConfig | None:
     common, by_target = None, []
     for group in _groups(stored):
-        found, targets = _scheme_codec(group["weights"]), [str(target) for target in group.get("targets") or ("Linear",)]
+        form = group.get("format") or stored.get("format")
+        found, targets = _scheme_codec(group["weights"], form), [str(target) for target in group.get("targets") or ("Linear",)]
         if "Linear" in targets:
             common = found
         names = [name for name in targets if not name.startswith("re:") and name != "Linear"]
@@ -229,8 +230,10 @@ def _compressed(stored: Mapping[str, Any]) -> QuantConfig | None:
     return _mixed(common or (by_target[0][1] if by_target else None), by_target)
 
 
-def _scheme_codec(how: Mapping[str, Any]) -> QuantConfig | None:
+def _scheme_codec(how: Mapping[str, Any], form: str | None) -> QuantConfig | None:
     bits, kind = how.get("num_bits"), how.get("type", "int")
+    if kind == "int" and form in ("int-quantized", "naive-quantized"):
+        bits = 8  # codes of fewer are in bytes, too
     block = how.get("block_structure")
     size = block[1] if isinstance(block, list) else how.get("group_size") or "row"
     size = "row" if size == -1 else size

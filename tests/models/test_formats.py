@@ -204,6 +204,13 @@ SCHEMES = {
     "int3 groups": ({"num_bits": 3, "strategy": "group", "group_size": 32, "symmetric": True}, "int3"),
     "int2 rows": ({"num_bits": 2, "strategy": "channel", "symmetric": False}, "int2"),
     "int8 packed": ({"num_bits": 8, "strategy": "group", "group_size": 128, "symmetric": True}, "int8"),
+    "int4 tensor asymmetric": ({"num_bits": 4, "strategy": "tensor", "symmetric": False}, "int4"),
+    "int8 tensor asymmetric": ({"num_bits": 8, "strategy": "tensor", "symmetric": False}, None),
+    "int4 in bytes": ({"num_bits": 4, "strategy": "channel", "symmetric": True, "format": "int-quantized"}, "int8"),
+    "int4 in bytes asymmetric": ({"num_bits": 4, "strategy": "channel", "symmetric": False, "format": "naive-quantized"}, None),
+    "int8 blocks": (
+        {"num_bits": 8, "strategy": "block", "block_structure": [64, 32], "symmetric": True, "format": "int-quantized"}, "int8"
+    ),
     "int6 packed": ({"num_bits": 6, "strategy": "group", "group_size": 32, "symmetric": True}, None),
     "int8 rows": ({"num_bits": 8, "strategy": "channel", "symmetric": True, "format": "int-quantized"}, "int8"),
     "int8 tensor": ({"num_bits": 8, "strategy": "tensor", "symmetric": True, "format": "int-quantized"}, "int8"),
@@ -255,7 +262,7 @@ def compressed(folder, options):
         if args.strategy == "tensor_group":
             more["global_scale"] = state["weight_global_scale"] = (448 * 6 / weight.abs().max()).view(1)
         scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args, **more)
-        scale = scale.view(1) if args.strategy == "tensor" else scale
+        scale, zero = (scale.view(1), zero.view(1)) if args.strategy == "tensor" else (scale, zero)
         state |= {"weight": weight, "weight_scale": scale.float(), "weight_zero_point": zero.to(args.zp_dtype or zero.dtype)}
         stored = compressor.compress(state, scheme)
         again = compressor.decompress({key: t.clone() for key, t in stored.items()}, scheme)["weight"].float()
@@ -277,7 +284,10 @@ def compressed(folder, options):
     return rewrite(folder, config, layer)
 
 
-@pytest.mark.parametrize("case", some(SCHEMES, "int4 asymmetric", "int8 rows", "fp8 blocks", "nvfp4"))
+QUICK = ("int4 asymmetric", "int4 tensor asymmetric", "int8 rows", "int4 in bytes", "int8 blocks", "fp8 blocks", "nvfp4")
+
+
+@pytest.mark.parametrize("case", some(SCHEMES, *QUICK))
 def test_compressed_tensors(base, batch, case):
     options, quant_type = SCHEMES[case]
     dense = compressed(base, options)
@@ -344,6 +354,37 @@ def test_compressed_tensors_with_act_order(base, batch, symmetric):
     model, _ = load(base)
     assert held_codecs(model) == {("int4_act", 32, False)} == {expected_codec(base)}
     torch.testing.assert_close(logits(model, batch), logits(dense_model(base, dense), batch), rtol=1e-4, atol=1e-4)
+
+
+def test_a_plan_counts_codes_in_bytes(base):
+    """compressed-tensors holds 4 bits in int8 tensors where activations are quantised, too."""
+    compressed(base, SCHEMES["int4 in bytes"][0])
+    (row,) = ln.plan(str(base), gpu="rtx-4090").rows
+    codes = sum(tensor.nbytes for tensor in load_file(base / WEIGHTS).values() if tensor.dtype == torch.int8)
+    assert row.verdict.memory.kinds["codes"] == codes
+
+
+@pytest.mark.parametrize("used", [1, 2])
+def test_gptq_groups_without_columns(base, batch, used):
+    """Zeros alone are exllama's 'no act-order'; else columns may leave groups unused, which no codec holds."""
+    dense = gptq(base)
+    tensors = load_file(base / WEIGHTS)
+    for key, group in tensors.items():
+        if key.endswith("g_idx"):
+            tensors[key] = group.zero_() if used == 1 else torch.arange(len(group), dtype=torch.int32) * used // len(group)
+    save_file(tensors, base / WEIGHTS, {"format": "pt"})
+    model, _ = load(base)
+    if used == 1:
+        assert kinds(model) == {"int4"}
+        torch.testing.assert_close(logits(model, batch), logits(dense_model(base, dense), batch), rtol=1e-4, atol=1e-4)
+        return
+    assert kinds(model) == set()
+    key = next(iter(dense))
+    scales, qweight, zeros = (tensors[key.replace("weight", role)] for role in ("scales", "qweight", "qzeros"))
+    codes, zero = (torch.stack([(t >> (4 * i)) & 15 for i in range(8)], 1) for t in (qweight, zeros.t()))
+    group = tensors[key.replace("weight", "g_idx")].long()
+    expected = (codes.flatten(0, 1) - zero.flatten(0, 1).t()[group] - 1) * scales.float()[group]
+    torch.testing.assert_close(model.get_parameter(key).data, expected.t(), rtol=1e-6, atol=1e-7)
 
 
 def test_biases_of_zeros_are_left_out(base, batch):

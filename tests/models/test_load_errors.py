@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 import lownibble as ln
@@ -164,6 +165,10 @@ def test_hub_download_asks_for_safetensors_and_the_revision(monkeypatch, write):
     assert (asked["repo"], asked["revision"]) == ("owner/name", "v2")
     assert not any(pattern.endswith((".bin", ".pt", ".pth", ".py")) for pattern in asked["allow_patterns"])
     assert model.config._name_or_path == "owner/name"
+    files = [f"{name}.safetensors" for name in ("model", "original/model", "consolidated", "original/consolidated.00", "a/b/c")]
+    patterns = {name: asked[f"{name}_patterns"] for name in ("allow", "ignore")}
+    fetched = filter_repo_objects(files, allow_patterns=patterns["allow"], ignore_patterns=patterns["ignore"])
+    assert list(fetched) == ["model.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,9 @@ def _download(repo: str, revision: str | None) -> Path:
     )
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
+    others = ["consolidated*", "*/*.safetensors"]  # the same weights in other layouts, and in subfolders
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=["consolidated*"]))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=others))
     except GatedRepoError:
         raise ModelError(f"'{repo}' is gated. Accept its licence on its hub page and log in with: hf auth login") from None
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:

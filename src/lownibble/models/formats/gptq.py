@@ -49,12 +49,12 @@ def codec_of(
     return codec(f"int{bits}{'_act' * act_order}", shape, group, said)
 
 
-def groups_of(g_idx: Tensor | None, n_in: int, size: int) -> tuple[Tensor | None, bool]:
+def groups_of(g_idx: Tensor | None, n_in: int, size: int, n_groups: int) -> tuple[Tensor | None, bool]:
     """The group of each column if it is not that of its place in equal groups, and whether all groups are of one size."""
     places, even = torch.arange(n_in) // size, n_in % size == 0 or size >= n_in
-    if g_idx is None or torch.equal(g_idx.long(), places):
+    if g_idx is None or (torch.equal(g_idx.long(), places) and n_groups == -(-n_in // size)):
         return (None if even else places), even
-    return g_idx, bool((g_idx.bincount() == size).all())
+    return g_idx, bool((g_idx.bincount(minlength=n_groups) == size).all())
 
 
 def _as_they_are(words: Tensor, bits: int, n: int) -> Tensor:
@@ -142,10 +142,12 @@ def _layer(
         raise wrong(path, checkpoint.name, f"{words} words do not hold {n_in} codes of {bits} bits")
     if g_idx is not None and (int(g_idx.max()) >= n_groups or int(g_idx.min()) < 0):
         raise wrong(path, checkpoint.name, f"its g_idx names groups outside of its {n_groups}")
+    if n_groups > 1 and g_idx is not None and not g_idx.any():  # exllama's word for groups of neighbours
+        g_idx = None
     size = _group_size(stored, n_in, n_groups, g_idx)
     if not size:
         raise wrong(path, checkpoint.name, f"it has scales of {n_groups} groups for {n_in} columns")
-    group, even = groups_of(g_idx, n_in, size)
+    group, even = groups_of(g_idx, n_in, size, n_groups)
     zeros = zeros_of(checkpoint.read(parts["qzeros"]), bits, n_out)
     symmetric = bits == 8 and bool((zeros == 128).all())
     in_range = symmetric or int(zeros.max()) < 2**bits

@@ -1,7 +1,8 @@
 """Other integer formats, all `scale * (code - zero)`.
 
-    compressed-tensors  weight_packed (N, words) of codes plus 2^(bits-1), weight_scale (N, G), weight_zero_point packed along
-                        N, weight_g_idx; or weight int8 (N, K) with weight_scale
+    compressed-tensors  weight_packed (N, words) of codes plus 2^(bits-1), weight_scale (N, G), or of blocks of rows and columns,
+                        weight_zero_point packed along N (int8 where the scale is not one of each row), weight_g_idx; or weight
+                        int8 (N, K), also of fewer bits, with weight_scale
     bitsandbytes int8   weight int8 (N, K), SCB (N,): the largest absolute value of each row
     HQQ                 W_q: parts of the weight one below the other in the bits of a byte; scale and zero of any value
 
@@ -72,9 +73,9 @@ def _compressed_layer(checkpoint: Checkpoint, path: str, parts: Mapping[str, str
         dtype, shape = checkpoint.facts(parts["weight"])
         if dtype != torch.int8:
             return floats.float_layer(checkpoint, name, parts, "weight", "weight_scale", block, said)
-        group = _group_of(n_scale, shape, path, checkpoint.name)
+        group = _group_of(n_scale, shape, block, path, checkpoint.name)
         how = codec_of(8, (shape[0], shape[1]), group, said, False, symmetric="weight_zero_point" not in parts)
-        return StoredLayer(name, parts, shape, how, partial(_read_int8, checkpoint, parts))
+        return StoredLayer(name, parts, shape, how, partial(_read_int8, checkpoint, parts, block))
     if checkpoint.facts(parts["weight_packed"])[0] == torch.uint8:
         return floats.four_bit_layer(checkpoint, name, parts)
     need(parts, ("weight_shape",), path, checkpoint.name)
@@ -83,14 +84,14 @@ def _compressed_layer(checkpoint: Checkpoint, path: str, parts: Mapping[str, str
     bits = next((bits for bits in said_bits or range(1, 9) if words in (_words(n_in, bits), _padded_words(n_in, bits))), 0)
     if not bits:
         raise wrong(path, checkpoint.name, f"{words} words do not hold {n_in} codes a row")
-    size = _group_of(n_scale, (n_out, n_in), path, checkpoint.name)
+    size = _group_of(n_scale, (n_out, n_in), block, path, checkpoint.name)
     g_idx = checkpoint.read(parts["weight_g_idx"]).clone() if "weight_g_idx" in parts else None
     if g_idx is not None and int(g_idx.min()) < 0:  # compressed-tensors writes -1 where there is no order
         g_idx = None
-    places, even = groups_of(g_idx, n_in, size)
+    places, even = groups_of(g_idx, n_in, size, -(-n_in // size))
     symmetric = "weight_zero_point" not in parts
     how = codec_of(bits, (n_out, n_in), size, said, places is not None, symmetric) if even else None
-    packed = partial(_read_packed, checkpoint, parts, bits, (n_out, n_in), places)
+    packed = partial(_read_packed, checkpoint, parts, bits, (n_out, n_in), block, places)
     return StoredLayer(name, parts, (n_out, n_in), how, packed, places)
 
 
@@ -110,39 +111,52 @@ def _unpack(words: Tensor, bits: int, n: int) -> Tensor:
     return codes.flatten(1)[:, :n].to(torch.uint8)
 
 
-def _group_of(scale: torch.Size, shape: tuple[int, ...] | torch.Size, path: str, name: str) -> int:
-    """Columns of a group, from the shape of the scales: (N, G), (N, 1), (N,), (1,) or ()."""
+def _group_of(
+    scale: torch.Size, shape: tuple[int, ...] | torch.Size, block: tuple[int, ...] | None, path: str, name: str
+) -> int:  # fmt: skip
+    """Columns of a group, from the shape of the scales: (N, G), (N, 1), (N,), (1,) or (), or one of each block."""
     n_rows, n_groups = scale if len(scale) == 2 else (scale.numel(), 1)
     fits = len(shape) == 2 and len(scale) <= 2 and n_groups and shape[1] % n_groups == 0
-    if not fits or n_rows not in (1, shape[0]):
+    if fits and block is not None and (n_rows, n_groups) == (-(-shape[0] // block[0]), -(-shape[1] // block[1])):
+        fits = n_groups == 1 or shape[1] == n_groups * block[1]  # no rest that is a smaller group
+    elif n_rows not in (1, shape[0]):
+        fits = False
+    if not fits:
         raise wrong(path, name, f"scales of shape {tuple(scale)} do not belong to a weight of {tuple(shape)}")
     return int(shape[1]) // n_groups
 
 
-def _scale(checkpoint: Checkpoint, key: str, n_out: int) -> Tensor:
-    """(N, G)."""
-    scale = checkpoint.read(key).float()
-    return (scale if scale.ndim == 2 else scale.reshape(-1, 1)).expand(n_out, -1).contiguous()
+def _by_row(held: Tensor, n_out: int, block: tuple[int, ...] | None) -> Tensor:
+    """Scales or zero points, of rows, blocks or the whole tensor, as those of each row, (N, G)."""
+    held = held if held.ndim == 2 else held.reshape(-1, 1)
+    if block is not None and len(held) not in (1, n_out):
+        held = held.repeat_interleave(block[0], 0)[:n_out]
+    return held.expand(n_out, -1).contiguous()
 
 
-def _read_int8(checkpoint: Checkpoint, parts: Mapping[str, str]) -> Numbers:
+def _read_int8(checkpoint: Checkpoint, parts: Mapping[str, str], block: tuple[int, ...] | None) -> Numbers:
     codes = checkpoint.read(parts["weight"]).clone()
-    zero = _scale(checkpoint, parts["weight_zero_point"], len(codes)) if "weight_zero_point" in parts else None
-    return Numbers(codes, _scale(checkpoint, parts["weight_scale"], len(codes)), zero)
+    scale = _by_row(checkpoint.read(parts["weight_scale"]).float(), len(codes), block)
+    if "weight_zero_point" not in parts:
+        return Numbers(codes, scale)
+    return Numbers(codes, scale, _by_row(checkpoint.read(parts["weight_zero_point"]).float(), len(codes), block))
 
 
 def _read_packed(
-    checkpoint: Checkpoint, parts: Mapping[str, str], bits: int, shape: tuple[int, int], group: Tensor | None
-) -> Numbers:
+    checkpoint: Checkpoint, parts: Mapping[str, str], bits: int, shape: tuple[int, int], block: tuple[int, ...] | None,
+    group: Tensor | None,
+) -> Numbers:  # fmt: skip
     n_out, n_in = shape
     middle = 2 ** (bits - 1)  # codes and zeros are stored from 0 on
     codes = _unpack(checkpoint.read(parts["weight_packed"]), bits, n_in)
-    scale = _scale(checkpoint, parts["weight_scale"], n_out)
+    scale = _by_row(checkpoint.read(parts["weight_scale"]).float(), n_out, block)
     zero = torch.full(scale.shape, middle, dtype=torch.uint8)
     if "weight_zero_point" in parts:
         held = checkpoint.read(parts["weight_zero_point"])
-        packed = held.dtype == torch.int32
-        zero = _unpack(held.t().contiguous(), bits, n_out).t().contiguous() if packed else (held + middle).to(torch.uint8)
+        if held.dtype == torch.int32:
+            zero = _unpack(held.t().contiguous(), bits, n_out).t().contiguous()
+        else:
+            zero = _by_row((held.short() + middle).to(torch.uint8), n_out, block)
     elif bits == 8:
         return Numbers((codes.short() - middle).to(torch.int8), scale, None, group)
     return Numbers(codes, scale, zero, group)
