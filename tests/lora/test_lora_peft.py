@@ -214,7 +214,8 @@ def test_files_of_routers_have_their_buffers(tiny, batch, clone, peft, older, tm
     ln.save_adapter(ours, tmp_path / "ours")
     file = tmp_path / "ours" / "adapter_model.safetensors"
     stored = load_file(file)
-    assert len(corrections) == 1 and {f"base_model.model.{path}" for path in corrections} <= stored.keys()
+    assert len(corrections) == 1
+    assert {f"base_model.model.{path}" for path in corrections} <= stored.keys()
     if older:
         save_file({key: t for key, t in stored.items() if "correction" not in key}, file)
         again, at = ln.load_adapter(clone(base), tmp_path / "ours"), next(iter(corrections))
@@ -323,6 +324,28 @@ def test_counts_of_a_packed_base_equal_pefts(tiny, clone, peft, bitsandbytes, ca
     ln.add_lora(ours, ln.LoraConfig(**options(case)))
     peft_model(peft, theirs, case).print_trainable_parameters()
     assert ln.trainable_summary(ours) == capsys.readouterr().out.strip()
+
+
+@pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"exclude_modules": "q_proj"},  # a pattern, which fits no whole path
+        {"exclude_modules": "model.layers.0.self_attn.q_proj"},
+        {"layers_to_transform": [1], "layers_pattern": ""},
+        {"layers_to_transform": [1], "layers_pattern": []},
+    ],
+    ids=str,
+)
+def test_words_of_pefts_files_mean_what_they_do_there(tiny, batch, clone, peft, said, tmp_path):
+    base = make(tiny)
+    theirs = peft.get_peft_model(clone(base), peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], **said))
+    randomise_trained(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = ln.load_adapter(clone(base), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours, batch), logits(theirs, batch), **LOGITS)
+    ln.save_adapter(ours, tmp_path / "ours")
+    torch.testing.assert_close(logits(ln.load_adapter(base, tmp_path / "ours"), batch), logits(theirs, batch), **LOGITS)
 
 
 def test_options_that_peft_resolves_elsewhere_survive_its_files(tiny, clone, batch, peft, tmp_path):

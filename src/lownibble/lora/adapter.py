@@ -2,8 +2,8 @@
 
 A folder with `adapter_config.json` and `adapter_model.safetensors`. Keys are `base_model.model.<path>.` plus the variant's key of
 each parameter (`lora_A.weight`, `lora_B.weight`), `base_layer.bias` for trained biases of adapted layers, or the own name of
-each parameter and persistent buffer for modules_to_save. The safetensors metadata records the base (`provenance.py`). Files are written under a temporary name
-and renamed, so that a reader never sees a partial file. `adapter_file.py` is the file itself.
+each parameter and persistent buffer for modules_to_save. The safetensors metadata records the base (`provenance.py`). Files are
+written under a temporary name and renamed, so that a reader never sees a partial file. `adapter_file.py` is the file itself.
 """
 
 from __future__ import annotations

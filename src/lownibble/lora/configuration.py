@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,9 @@ def to_config(path: Path, values: dict[str, Any]) -> LoraConfig:
             f"'{path}' was started with init_lora_weights = {start!r}, which changes the base weights. "
             "Save it again with PEFT's path_initial_model_for_weight_conversion."
         )
+    excluded = known.get("exclude_modules")
+    if isinstance(excluded, str) and re.fullmatch(r"[\w.]+", excluded):  # a pattern to PEFT; a name here
+        known["exclude_modules"] = f"(?:{excluded})"
     if isinstance(known.get("layers_to_transform"), int):
         known["layers_to_transform"] = [known["layers_to_transform"]]
     if known.get("init_lora_weights") not in (True, False, "gaussian"):

@@ -138,7 +138,7 @@ def _is_excluded(path: str, excluded: str | list[str] | None) -> bool:
 
 def _layer_of(path: str, patterns: str | list[str] | None) -> int | None:
     """The index of the layer that a path is in: the first number in it, or the first after a list of that name."""
-    named = [patterns] if isinstance(patterns, str) else patterns or []
+    named = [patterns] if isinstance(patterns, str) and patterns else list(patterns or [])
     found = [re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path) for pattern in named] or [_LAYER_INDEX.match(path)]
     return next((int(match["index"]) for match in found if match), None)
 
