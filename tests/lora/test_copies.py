@@ -28,6 +28,20 @@ def beside(model, options, tmp_path):
     ln.save_adapter(model, tmp_path, name="second")
 
 
+def test_a_copy_has_what_its_module_has(tiny, clone):
+    """Models read sizes of their parts, and call methods of them."""
+    model = tiny()
+    plain = model.model.embed_tokens
+    plain.twice = lambda x: plain(x) * 2
+    ln.add_lora(model, ln.LoraConfig(r=2, modules_to_save=["embed_tokens"]))
+    held = clone(model).model.embed_tokens
+    assert (held.padding_idx, held.num_embeddings) == (plain.padding_idx, 96)
+    ids = torch.arange(4)
+    assert torch.equal(held.twice(ids), plain(ids) * 2)
+    with pytest.raises(AttributeError, match="no attribute 'thrice'"):
+        _ = held.thrice
+
+
 def with_biases(tiny):
     return tiny(attention_bias=True, mlp_bias=True)
 

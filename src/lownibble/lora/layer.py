@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lownibble.lora.targets import scaling
 from lownibble.lora.variants import LORA, Variant
+from lownibble.models.experts import is_container
 from lownibble.quant import PackedWeight, QuantLinear, matrix
 from lownibble.quant.experts import DenseExperts
 from lownibble.quant.linear import with_data
@@ -173,6 +174,15 @@ class TrainedCopy(nn.Module):
     def bias(self) -> Tensor | None:
         """The current module's bias."""
         return getattr(self.current, "bias", None)
+
+    def __getattr__(self, name: str) -> Any:
+        """The current module's, of what is not the wrapper's own: an embedding's `padding_idx`, a method that a model calls."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "active" not in self.__dict__ or is_container(self.original):  # being made; experts are found by their attributes
+                raise
+        return getattr(self.current, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The current module's output, in the original's dtype; a float32 copy computes in float32."""
