@@ -54,6 +54,20 @@ def test_dequantized_merge_computes_what_the_live_adapter_does(write, adapt, bat
     assert names[0] == names[1]
 
 
+@pytest.mark.parametrize("onto", ["original", "dequantized"])
+def test_plain_float8_is_merged_in_the_models_type(write, adapt, batch, tmp_path, onto):
+    """8 bits would lose the sum."""
+    folder = write()
+    tensors = load_file(folder / "model.safetensors")
+    small = {key: value.to(torch.float8_e4m3fn) if "_proj" in key else value for key, value in tensors.items()}
+    save_file(small, folder / "model.safetensors", {"format": "pt"})
+    live, adapter = adapt(folder, None if onto == "original" else "nf4")
+    ln.merge(adapter, tmp_path / "merged", onto=onto, measure_tokens=0)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {value.dtype for value in merged.values()} == {torch.float32}, "the one that config.json names"
+    assert_same(logits(ln.load(str(tmp_path / "merged"))[0], batch), logits(live, batch))
+
+
 LORA = {
     "all": {},
     "patterns": {"rank_pattern": {"q_proj": 2, "0.mlp.up_proj": 7}, "alpha_pattern": {"v_proj": 5.0}},

@@ -224,6 +224,41 @@ def test_biases_in_another_shard_than_their_weights(write, batch, first):
     assert torch.equal(logits(ln.load(str(folder), quant="nf4")[0], batch), expected)
 
 
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def rewrite(folder, change):
+    """Change the tensors of a folder's file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_values_beyond_float16_are_refused(write, stored, quant):
+    folder = write(dtype=stored)
+    rewrite(folder, lambda t: t[UP][0, :2].copy_(torch.tensor([-70000.0, 3])))
+    with pytest.raises(ModelError, match=rf"'{UP}' has a value of 7\d+, and float16 ends at 65504\. Take --dtype bfloat16"):
+        ln.load(str(folder), quant=quant, dtype="float16")
+    ln.load(str(folder), quant=quant, dtype="bfloat16")
+    rewrite(folder, lambda t: t[UP][0, 0].fill_(-65280))
+    model, _ = ln.load(str(folder), quant=quant, dtype="float16")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert torch.isfinite(weight if quant is None else weight.dequantize()).all()
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float8_e4m3fn])
+def test_other_types_are_packed_as_their_values(write, batch, stored):
+    """Weights in a type that no codec takes, and no quantization_config that says so."""
+    folder, plain = write(), write(name="plain")
+    rewrite(folder, lambda t: t.update({key: value.to(stored) for key, value in t.items() if "proj" in key}))
+    rewrite(plain, lambda t: t.update({key: value.to(stored).float() for key, value in t.items() if "proj" in key}))
+    for quant in (None, "nf4"):
+        expected = logits(ln.load(str(plain), quant=quant)[0], batch)
+        assert torch.equal(logits(ln.load(str(folder), quant=quant)[0], batch), expected)
+
+
 def test_a_missing_pad_token_becomes_the_end_token(write):
     _, tokenizer = ln.load(str(write()))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2

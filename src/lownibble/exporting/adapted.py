@@ -199,15 +199,11 @@ class AdaptedBase:
         return self.tensors.file_of(self.names[name]).name
 
     def kept_dtype(self, name: str) -> torch.dtype:
-        """The dtype of `name` in a dense merged model; non-floating tensors keep theirs."""
-        if self.dtype != "auto":
-            wanted = DTYPES[self.dtype]
-        elif name.removesuffix(".weight") in self.packed:
-            wanted = self.checkpoint.dtype
-        else:
-            return self.tensors.facts(self.names[name])[0]
+        """The dtype of `name` in a dense merged model; non-floating tensors keep theirs, and no sum is written in 8 bits."""
         stored = None if name.removesuffix(".weight") in self.packed else self.tensors.facts(self.names[name])[0]
-        return stored if stored is not None and not stored.is_floating_point else wanted
+        if stored is not None and (not stored.is_floating_point or (self.dtype == "auto" and stored.itemsize > 1)):
+            return stored
+        return self.checkpoint.dtype if self.dtype == "auto" else DTYPES[self.dtype]
 
     def shape(self, name: str) -> torch.Size:
         """The shape of `name` in the merged model."""

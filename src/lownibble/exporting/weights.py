@@ -37,7 +37,7 @@ from lownibble.lora.init import without
 from lownibble.models import ModelSource
 from lownibble.models.conversion import stored_names
 from lownibble.models.formats.write import ToPack, Writer, usual
-from lownibble.models.load import quantizable, repacked
+from lownibble.models.load import packable, quantizable, repacked
 from lownibble.quant import PackedWeight, quantize
 from lownibble.quant.codecs import quantize_experts
 from lownibble.quant.packed import PackedExperts
@@ -120,7 +120,7 @@ class Weights(AdaptedBase):
         tensor = self.tensors.read(self.names[name])
         if codec and path in self.quantized:
             assert self.quant is not None
-            rows, how = self.turn(name, tensor), self.quant.for_layer(path)
+            rows, how = self.turn(name, packable(tensor)), self.quant.for_layer(path)
             if path in self.experts:
                 return quantize_experts(rows, how, name=name)
             if name in self.edits and self.took_out:

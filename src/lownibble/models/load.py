@@ -92,7 +92,8 @@ def load(
         (model, tokenizer): transformers' own classes; the model is in eval mode, and only its packed layers have
         `requires_grad=False`.
     Raises:
-        ModelError: the model is missing, damaged or not supported; says which file or tensor.
+        ModelError: the model is missing, damaged or not supported, or has values beyond float16's where that is asked for; says
+            which file or tensor.
         QuantizationError: a weight holds NaN or infinite values; names it.
     """
     config = QuantConfig(quant_type=quant) if isinstance(quant, str) else quant
@@ -284,16 +285,18 @@ def _fill(
         path, _, last = key.rpartition(".")
         own = getattr(model.get_submodule(path), last)
         _check_shape(tensors, key, tensor, own)
+        dense = held_in(key, own.dtype)
+        _check_range(tensors, key, tensor, dtype if key in to_quantize or (path in to_quantize and last == "weight") else dense)
         if key in to_quantize:
-            rows = _as_rows(model, key, tensor).to(device)
+            rows = _as_rows(model, key, packable(tensor)).to(device)
             _place_experts(model, key, quantize_experts(rows, to_quantize[key], name=key).with_dtype(dtype), device)
         elif path in to_quantize and last == "weight":
-            rows = tensor.t().contiguous() if is_transposed(model.get_submodule(path)) else tensor
+            rows = packable(tensor.t().contiguous() if is_transposed(model.get_submodule(path)) else tensor)
             quantized = quantize(rows.to(device), to_quantize[path], name=key).with_dtype(dtype)
             _place_quantized(model, path, quantized, device)
         else:
             known.stored_dtypes[key] = str(tensors.facts(key)[0]).removeprefix("torch.")
-            _set_tensor(model, key, tensor.to(device=device, dtype=held_in(key, own.dtype), copy=True))  # no file stays mapped
+            _set_tensor(model, key, tensor.to(device=device, dtype=dense, copy=True))  # no file stays mapped
 
     known.read_dense = read
     if by_layer:
@@ -330,7 +333,7 @@ def place(model: Any, tensors: ModelTensors, names: Iterable[str], device: torch
     """Read dense tensors into the model, and move its buffers to the device.
 
     Raises:
-        ModelError: a tensor has another shape than the configuration says.
+        ModelError: a tensor has another shape than the configuration says, or values beyond the dtype's.
     """
     held_in = dtype_of(model, dtype)
     for key in names:
@@ -338,7 +341,9 @@ def place(model: Any, tensors: ModelTensors, names: Iterable[str], device: torch
         path, _, last = key.rpartition(".")
         own = getattr(model.get_submodule(path), last)
         _check_shape(tensors, key, tensor, own)
-        _set_tensor(model, key, tensor.to(device=device, dtype=held_in(key, own.dtype), copy=True))  # no file stays mapped
+        wanted = held_in(key, own.dtype)
+        _check_range(tensors, key, tensor, wanted)
+        _set_tensor(model, key, tensor.to(device=device, dtype=wanted, copy=True))  # no file stays mapped
     for name, buffer in model.named_buffers():
         if not buffer.is_meta:
             _set_tensor(model, name, buffer.to(device))
@@ -357,6 +362,23 @@ def _check_shape(tensors: ModelTensors, key: str, tensor: Tensor, own: Tensor) -
             f"'{tensors.checkpoint.name}': tensor '{key}' has shape {tuple(tensor.shape)}, the configuration says "
             f"{tuple(own.shape)}. The weights and config.json do not belong together."
         )
+
+
+def _check_range(tensors: ModelTensors, key: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raise ModelError if values of a tensor become infinite in float16, whose range alone is smaller than others'."""
+    if dtype != torch.float16 or tensor.dtype not in (torch.bfloat16, torch.float32, torch.float64) or not tensor.numel():
+        return
+    largest = max(map(abs, map(float, tensor.aminmax())))
+    if math.isfinite(largest) and torch.tensor(largest).to(dtype).isinf():
+        raise ModelError(
+            f"'{tensors.checkpoint.name}': tensor '{key}' has a value of {largest:g}, and float16 ends at "
+            f"{torch.finfo(dtype).max:g}. Take --dtype bfloat16 (dtype='bfloat16'), or float32."
+        )
+
+
+def packable(tensor: Tensor) -> Tensor:
+    """A checkpoint's dense tensor in a type that codecs take: float64 and float8 in float32."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype not in DTYPES.values() else tensor
 
 
 def _set_tensor(model: nn.Module, key: str, tensor: Tensor) -> None:
