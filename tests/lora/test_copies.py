@@ -28,18 +28,25 @@ def beside(model, options, tmp_path):
     ln.save_adapter(model, tmp_path, name="second")
 
 
-def test_a_copy_has_what_its_module_has(tiny, clone):
+class Twice(torch.nn.Linear):
+    """A part with a method that the model's code calls."""
+
+    def twice(self, x):
+        return 2 * self(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_has_what_its_module_has(tiny, clone, dtype):
     """Models read sizes of their parts, and call methods of them."""
-    model = tiny()
-    plain = model.model.embed_tokens
-    plain.twice = lambda x: plain(x) * 2
-    ln.add_lora(model, ln.LoraConfig(r=2, modules_to_save=["embed_tokens"]))
-    held = clone(model).model.embed_tokens
-    assert (held.padding_idx, held.num_embeddings) == (plain.padding_idx, 96)
-    ids = torch.arange(4)
-    assert torch.equal(held.twice(ids), plain(ids) * 2)
+    model = tiny().to(dtype)
+    model.model.part = Twice(3, 5, bias=False).to(dtype)
+    ln.add_lora(model, ln.LoraConfig(r=2, modules_to_save=["embed_tokens", "part"]))
+    body = clone(model).model
+    assert (body.embed_tokens.padding_idx, body.embed_tokens.num_embeddings, body.part.out_features) == (0, 96, 5)
+    body.part.current.weight.data.fill_(3)
+    assert torch.equal(body.part.twice(torch.ones(2, 3, dtype=dtype)), torch.full((2, 5), 18, dtype=dtype))
     with pytest.raises(AttributeError, match="no attribute 'thrice'"):
-        _ = held.thrice
+        _ = body.part.thrice
 
 
 def with_biases(tiny):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,15 +183,19 @@ class TrainedCopy(nn.Module):
         except AttributeError:
             if "active" not in self.__dict__ or is_container(self.original):  # being made; experts are found by their attributes
                 raise
-        return getattr(self.current, name)
+        found = getattr(self.current, name)
+        return partial(self._call, found) if getattr(found, "__self__", None) is self.current else found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The current module's output, in the original's dtype; a float32 copy computes in float32."""
+        return self._call(self.current, *args, **kwargs)
+
+    def _call(self, of_current: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.active is None:
-            return self.original(*args, **kwargs)
+            return of_current(*args, **kwargs)
         master, outside = (next(m.parameters()).dtype for m in (self.current, self.original))
         kwargs = {key: _cast(value, master) for key, value in kwargs.items()}
-        return _cast(self.current(*(_cast(a, master) for a in args), **kwargs), outside)
+        return _cast(of_current(*(_cast(a, master) for a in args), **kwargs), outside)
 
 
 def inside(path: str, model: nn.Module, kinds: type | tuple[type, ...]) -> bool:
