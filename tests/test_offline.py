@@ -93,9 +93,9 @@ def test_run_sh_finds_what_is_carried(offline, fetched, tmp_path):
     assert run("bench", "train", "--peers", path="/x") == [f"{peers}:{src}:{site}:/x", "-m lownibble bench train --peers"]
     path, command = run("pytest", "-x")
     assert path == f"{src}:{site}"
-    assert command.startswith("-m pytest -m gpu -p no:cacheprovider tests/")
+    assert command.startswith("-m pytest -m gpu -p no:cacheprovider --continue-on-collection-errors tests/")
     assert command.endswith(" -x")
-    named = command.split()[6:-1]
+    named = command.split()[7:-1]
     assert "tests/kernels" in named, "its conftest sets the mark"
     assert "tests/training/test_graphs.py" in named
     assert not any(name.startswith(("tests/kernels/", "tests/serve")) for name in named)
