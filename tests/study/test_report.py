@@ -6,9 +6,11 @@ script makes in Chromium (its console, its requests and the width of the page ar
 
 import base64
 import copy
+import csv
 import json
 import math
 import re
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,13 @@ def _three():
     comparison, runs = _two()
     comparison["methods"].append({**copy.deepcopy(comparison["methods"][0]), "method": "full"})
     return comparison, [*runs, copy.deepcopy(runs[0])]
+
+
+def _seven():
+    comparison, runs = _two()
+    names = ["lora", "qlora", "lora+dora", "qlora+int3", "qlora+nf4+exact", "full", "qlora+int8"]
+    comparison["methods"] = [{**copy.deepcopy(comparison["methods"][i % 2]), "method": name} for i, name in enumerate(names)]
+    return comparison, [copy.deepcopy(runs[i % 2]) for i in range(len(names))]
 
 
 def _one_failed():
@@ -96,8 +105,8 @@ def _long():
 
 
 CASES = {
-    "two": _two, "one": _one, "three": _three, "one-failed": _one_failed, "all-failed": _all_failed, "hostile": _hostile,
-    "no-scores": _no_scores, "bare": _bare, "long": _long,
+    "two": _two, "one": _one, "three": _three, "seven": _seven, "one-failed": _one_failed, "all-failed": _all_failed,
+    "hostile": _hostile, "no-scores": _no_scores, "bare": _bare, "long": _long,
 }  # fmt: skip
 
 
@@ -289,6 +298,23 @@ def _positions(marks: list[list[str]]) -> list[float]:
     return [float(n) for series in marks for text in series for n in re.findall(r"-?[\d.]+", text)]
 
 
+def test_every_method_is_drawn(page_of, browser):
+    """Six looks of lines, marks that are there, and no more than that: the seventh method looks as the first."""
+    path, comparison, _ = page_of("seven")
+    browser.open(path)
+    looks = browser.value(
+        "[...document.querySelectorAll('.methods .stroke')].map(e => getComputedStyle(e)).map(e => e.stroke + e.strokeDasharray)"
+    )
+    assert len(looks) == len(comparison["methods"])
+    assert len(set(looks[:6])) == 6
+    assert looks[6] == looks[0]
+    assert not any(look.startswith("none") for look in looks)
+    assert browser.value(
+        "[...document.querySelectorAll('.series use')].every(e => document.querySelector(e.getAttribute('href')))"
+    )
+    assert browser.value("[...document.querySelectorAll('.series .stroke')].every(e => getComputedStyle(e).stroke != 'none')")
+
+
 def test_axes_scales_and_methods_switch(page_of, browser):
     path, comparison, runs = page_of("two")
     page = curves.build(comparison["methods"], runs)
@@ -306,6 +332,28 @@ def test_axes_scales_and_methods_switch(page_of, browser):
     assert browser.value("[...document.querySelectorAll('.m1.series')].every(g => getComputedStyle(g).display == 'none')")
     assert browser.value("document.querySelector('.axis').textContent").startswith("tokens")
     assert browser.complaints() == []
+
+
+def test_every_table_is_saved(page_of, browser, tmp_path):
+    """Oracle: the terminal's table. A method's error stands in its column, and moves no other's figures."""
+    path, comparison, _ = page_of("one-failed")
+    browser.open(path)
+    browser.value("document.querySelectorAll('details').forEach(d => d.open = true)")
+    names = browser.value("[...document.querySelectorAll('table')].map(e => e.getAttribute('aria-label'))")
+    assert names[:2] == ["Figures", "Memory by kind"]
+    browser("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    for name in names:
+        browser.value(f"document.querySelector('[aria-label=\"Save {name} as CSV\"]').click()")
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob("*.csv"))) < len(names) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with (tmp_path / "figures.csv").open(newline="") as file:
+        head, *found = csv.reader(file)
+    assert [cell.removesuffix(" recommended") for cell in head] == ["", *(s["method"] for s in comparison["methods"])]
+    wanted = table.rows(comparison["methods"])
+    assert [row[3] for row in found] == [f"failed: {comparison['methods'][2]['error']}".strip(), *[""] * (len(wanted) - 1)]
+    said = [[" ".join(cell.replace("→", "->").split()).removeprefix("'") for cell in row[1:3]] for row in found]
+    assert said == [[" ".join(cell.split()) for cell in cells[:2]] for _, cells in wanted]
 
 
 @pytest.mark.parametrize("by", ["pointer", "keys"])

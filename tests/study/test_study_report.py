@@ -466,9 +466,9 @@ def test_plots_and_tables_are_saved(pages, browser, tmp_path):
     folder, summary = pages["whole"]
     browser.open(folder / "report.html")
     browser("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
-    for name in ("reviews as SVG", "reviews as CSV", "Decisions as CSV"):
+    for name in ("reviews as SVG", "reviews as CSV", "Decisions as CSV", "Claims as CSV"):
         browser.value(f"document.querySelector('[aria-label=\"Save {name}\"]').click()")
-    files = [tmp_path / name for name in ("reviews.svg", "reviews.csv", "decisions.csv")]
+    files = [tmp_path / name for name in ("reviews.svg", "reviews.csv", "decisions.csv", "claims.csv")]
     deadline = time.monotonic() + 20
     while not all(file.exists() for file in files) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -483,6 +483,10 @@ def test_plots_and_tables_are_saved(pages, browser, tmp_path):
         assert [row[4:] for row in of] == curve["values"]
     with files[2].open(newline="") as file:
         assert next(csv.reader(file)) == ["task, score", "lora and qlora", "full and lora", "full and qlora"]
+    with files[3].open(newline="") as file:
+        _, *rows = csv.reader(file)
+    assert [row[2] for row in rows] == ["; ".join(claim["figures"]) for claim in summary["claims"]]
+    assert any(len(claim["figures"]) > 5 for claim in summary["claims"])  # the list is closed then
     text = [element.text for element in ElementTree.parse(files[0]).iter("{http://www.w3.org/2000/svg}text")]
     assert {"reviews", "full", "lora", "qlora", "optimiser steps"} <= set(text)
     browser.open(files[0])

@@ -98,11 +98,24 @@ const page = (() => {
     after.after(line);
   }
 
+  // The texts of a table by row and column. Lists are read whole, closed or not; below a cell of several rows the others are empty.
+  function cells(table) {
+    const rows = all(table, "tr"), found = rows.map(() => []);
+    rows.forEach((row, place) => {
+      for (const cell of row.cells) {
+        const lines = all(cell, "li").map((line) => line.textContent), text = lines.length ? lines.join("; ") : cell.innerText;
+        let column = 0;
+        while (column in found[place]) column += 1;
+        for (let below = 0; below < cell.rowSpan; below += 1) found[place + below][column] = below ? "" : text.replace(/\s+/g, " ").trim();
+      }
+    });
+    return found;
+  }
+
   // The buttons under every table, and under every plot; `rows(figure)`: the plot's values with a head.
   function saving(rows) {
     for (const table of all(document, ".wide > table")) {
-      const cells = () => all(table, "tr").map((row) => all(row, "th, td").map((cell) => cell.innerText.replace(/\s+/g, " ").trim()));
-      buttons(table.parentElement, table.getAttribute("aria-label"), [["CSV", "text/csv", () => csv(cells())]]);
+      buttons(table.parentElement, table.getAttribute("aria-label"), [["CSV", "text/csv", () => csv(cells(table))]]);
     }
     for (const figure of all(document, ".panel")) {
       const found = rows(figure), kinds = [["SVG", "image/svg+xml", () => svg(figure)]];
