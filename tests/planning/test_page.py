@@ -5,7 +5,9 @@ import re
 
 import pytest
 
+from lownibble.cli.main import main
 from lownibble.errors import OutputError
+from lownibble.planning import page
 from lownibble.planning.page import write_page
 from lownibble.planning.plan import plan
 
@@ -26,6 +28,36 @@ def test_the_page_holds_the_plans(planned, tmp_path):
         assert sum(cell["kinds"].values()) == row.verdict.memory.allocated.likely
     assert "http://" not in text
     assert "https://" not in text
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "qlora", "merge_aware": True}, {"method": "qlora", "init_lora_weights": "loftq"}], ids=str
+)
+def test_other_cells_are_plans_of_their_own(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "BATCHES", (4,))
+    monkeypatch.setattr(page, "LENGTHS", (1024,))
+    text = write_page(plan("demo", gpu="t4", batch_size=2, max_length=192, **options), tmp_path / "plan.html").read_text()
+    data = json.loads(re.search(r'type="application/json" id="data">(.*)</script>', text)[1])
+    for row in plan("demo", gpu="t4", batch_size=4, max_length=1024, **options).rows:
+        cell = data["grid"][row.verdict.method][0][data["batch"].index(4)][data["length"].index(1024)]
+        assert cell["device"] == list(row.verdict.memory.device)
+
+
+@pytest.mark.parametrize(
+    ("config", "more"), [({"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}, []), (None, ["--exact"])]
+)
+def test_no_page_of_plans_that_are_traced(config, more, tmp_path, capsys):
+    """Said before anything is traced."""
+    model = "demo"
+    if config:
+        model = str(tmp_path / "config.json")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", model, "--gpu", "t4", *more, "--html", str(tmp_path / "plan.html")]) == 2
+    said = capsys.readouterr()
+    assert "each step of this one is traced" in " ".join(said.err.split())
+    assert "fake tensors" not in said.err
+    assert not said.out
+    assert not (tmp_path / "plan.html").exists()
 
 
 @pytest.mark.slow

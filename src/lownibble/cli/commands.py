@@ -224,9 +224,13 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     config: PlanConfig = read(arguments, PlanConfig, arguments.config)
     if arguments.html and config.gpus:
         raise ConfigError("The page of --html is of one GPU. Leave it out, or --gpus.")
+    from lownibble.planning.page import TRACED, write_page
     from lownibble.planning.show import tables
     from lownibble.rehearsal.plan import plan as make_plan
+    from lownibble.rehearsal.plan import traces
 
+    if arguments.html and traces(config, exact=arguments.exact):
+        raise ConfigError(TRACED)
     console = console_of(arguments)
     if arguments.calibrate:
         from lownibble.rehearsal.calibrate import calibrate
@@ -245,8 +249,6 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     for table in tables(made):
         console.print(table, soft_wrap=not isinstance(table, Table))
     if arguments.html:
-        from lownibble.planning.page import write_page
-
         console.print(f"Page: {write_page(made, arguments.html)}", soft_wrap=True)
     return {"kind": "plan", "status": "ok", **made.to_dict()}
 

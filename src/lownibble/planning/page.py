@@ -1,6 +1,7 @@
 """A plan as one HTML page: memory by kind for each method, and what fits on which device, with sliders for batch and length.
 
-The page embeds a precomputed grid of plans; it computes only sums and loads nothing external.
+The page embeds a precomputed grid of plans; it computes only sums and loads nothing external. Each cell is what the plan itself
+would be with that batch and length. Plans whose steps are traced have no page: a cell takes seconds there.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lownibble.config import CHECKPOINTING, METHODS, Checkpointing, Method, TrainConfig
-from lownibble.errors import OutputError
+from lownibble.config import CHECKPOINTING, Checkpointing, Method, TrainConfig
+from lownibble.errors import ConfigError, OutputError
 from lownibble.planning import hardware
-from lownibble.planning.memory import MemoryPlan, compiles, plan_memory
+from lownibble.planning.memory import MemoryPlan
 from lownibble.planning.plan import Plan
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -20,12 +21,17 @@ CHECKPOINTING_WORDS: dict[Checkpointing, str] = {False: "off", True: "on", "offl
 BATCHES, LENGTHS = (1, 2, 4, 8, 16, 32), (128, 256, 512, 1024, 2048, 4096)
 """Slider values, in addition to the plan's own."""
 
+TRACED = (
+    "The page of --html has hundreds of plans, and each step of this one is traced, which takes seconds. Leave --html out; for a "
+    "model whose family the planner knows, leave --exact out."
+)
+
 
 def write_page(plan: Plan, path: str | Path) -> Path:
     """Write the page, creating its folder; returns its path.
 
     Raises:
-        OutputError: it cannot be written.
+        ConfigError: the plan's steps are traced. OutputError: it cannot be written.
     """
     text = json.dumps(_data(plan)).replace("</", "<\\/")
     path = Path(path)
@@ -38,18 +44,18 @@ def write_page(plan: Plan, path: str | Path) -> Path:
 
 
 def _data(plan: Plan) -> dict[str, Any]:
+    memories = plan.memories
+    if memories is None or memories.traced:
+        raise ConfigError(TRACED)
     config, train, base = plan.config, plan.config.train, plan.devices[0]
     batches = sorted({*BATCHES, train.batch_size})
     lengths = sorted({*LENGTHS, train.max_length})
     how = train.gradient_checkpointing
     ways = CHECKPOINTING if how == "offload" else CHECKPOINTING[:-1]
-    methods: tuple[Method, ...] = METHODS if config.method == "all" else (config.method,)
+    methods = list(dict.fromkeys(row.verdict.method for row in plan.rows))
 
     def cell(method: Method, options: TrainConfig) -> dict[str, Any]:
-        found = plan_memory(
-            plan.shape, base, method, quant=config.quant, lora=config.lora, train=options, dtype=config.dtype,
-            adapter_dtype=config.adapter_dtype, compiled=compiles(plan.shape, base, options, tokens=config.tokens),
-        )  # fmt: skip
+        found = memories(base, method, options)
         return {"kinds": _kinds(found), "device": list(found.device)}
 
     def grid(method: Method) -> list[list[list[dict[str, Any]]]]:
@@ -62,7 +68,7 @@ def _data(plan: Plan) -> dict[str, Any]:
     others = plan.devices if base.kind == "cpu" else [hardware.device(name) for name in hardware.names()]
     shown = {device.name: device for device in (*plan.devices, *others)}
     return {
-        "title": f"{plan.shape.name}: what training takes", "methods": list(methods),
+        "title": f"{plan.shape.name}: what training takes", "methods": methods,
         "about": f"{plan.shape.parameters / 1e9:.2f}e9 parameters; optimiser {train.optim}, LoRA rank {config.lora.r}"
         f"{', packed' if train.packing else ''}. Bytes on the device at the worst instant of a step.",
         "note": "A setting fits where the upper end of its interval does; 'may fit' where only the lower end does.",

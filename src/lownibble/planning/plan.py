@@ -74,6 +74,7 @@ class Plan:
         stored_as: how the model's weights are stored and what that means for the plan, in words; '' if they are dense.
         refused: method that was asked for with 'all', or 'fsdp' with 'auto', and is not planned -> why.
         advice: device -> method (None: nothing fits) and reasons; only where all methods were planned, for one GPU.
+        memories: (device, method, options of training) -> the memory of the same run with them; for the page.
     """
 
     config: PlanConfig
@@ -83,6 +84,7 @@ class Plan:
     advice: Mapping[str, tuple[Method | None, list[str]]]
     stored_as: str = ""
     refused: Mapping[str, str] = field(default_factory=dict)
+    memories: _Memories | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -147,7 +149,7 @@ def _plan(config: PlanConfig, step: StepOf | None, shape: ModelShape, refused: M
     if _several(config):
         ways, no_way = _ways(config, shape, traced=planned.traced)
         of_ranks = [row for device in devices for row in _rows_of_ranks(config, shape, device, methods, ways, planned, no_way)]
-        return Plan(config, shape, tuple(devices), tuple(of_ranks), {}, stored_as, not_planned | no_way)
+        return Plan(config, shape, tuple(devices), tuple(of_ranks), {}, stored_as, not_planned | no_way, planned)
     rows: list[Row] = []
     advice: dict[str, tuple[Method | None, list[str]]] = {}
     for device in devices:
@@ -160,7 +162,7 @@ def _plan(config: PlanConfig, step: StepOf | None, shape: ModelShape, refused: M
         rows += [_row(config, shape, device, verdict, planned, alone=len(devices) == 1) for verdict in verdicts.values()]
         if len(methods) == len(METHODS):
             advice[device.name] = recommend({str(method): verdict for method, verdict in verdicts.items()}, measured)
-    return Plan(config, shape, tuple(devices), tuple(rows), advice, stored_as, not_planned)
+    return Plan(config, shape, tuple(devices), tuple(rows), advice, stored_as, not_planned, planned)
 
 
 def _offloads(device: Device, shape: ModelShape) -> bool:

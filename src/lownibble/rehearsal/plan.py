@@ -42,9 +42,9 @@ def plan(model: str | PlanConfig = "demo", *, exact: bool = False, tell: Tell = 
         ConfigError, ModelError, TargetError: an invalid request, or a model that cannot be trained; says why.
     """
     config = configured(model, options)
-    contents = find_config(config.model)
-    if is_known(contents) and not exact:
+    if not traces(config, exact=exact):
         return of_family(config)
+    contents = find_config(config.model)
     _check_no_pass(config)
     from lownibble.rehearsal.trace import exact_step
 
@@ -65,6 +65,15 @@ def plan(model: str | PlanConfig = "demo", *, exact: bool = False, tell: Tell = 
             if config.method != "all":
                 raise
             refused[error.method] = error.why
+
+
+def traces(config: PlanConfig, *, exact: bool) -> bool:
+    """Whether steps are traced for the plan of a configuration.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    return exact or not is_known(find_config(config.model))
 
 
 def _check_no_pass(config: PlanConfig) -> None:
