@@ -11,7 +11,7 @@ from lownibble.cli.main import _parser
 from lownibble.errors import ConfigError
 from lownibble.flags import read
 from lownibble.leaves import leaves
-from lownibble.studio.fields import COMMANDS, NOT_SHOWN, command_line, configuration, fields
+from lownibble.studio.fields import COMMANDS, NOT_SHOWN, command_line, configuration, fields, taken_by
 from lownibble.studio.routes import Form, _planned, app, make_plan
 
 REQUIRED = {"merge": {"adapter": "a", "output": "b"}, "export": {"source": "a", "output": "b"}, "quantize": {"output": "b"}}
@@ -181,6 +181,20 @@ def test_the_plan_is_the_planners():
     bytes_ = next(row for row in expected.rows if row.verdict.method == "qlora").verdict.memory.device
     assert _planned(Form(command="train", values=values, gpu="rtx-4090", tokens=100_000)) == list(bytes_)
     assert _planned(Form(command="train", values={**values, "model": "no/such/model"}, gpu="rtx-4090")) is None
+
+
+def test_a_plan_of_a_comparison_has_its_own_defaults():
+    """Oracle: the planner, given what `compare` runs with."""
+    from lownibble.planning.plan import plan
+
+    train = configuration("compare", {}).train
+    found = make_plan(Form(command="compare", values={}, gpu="rtx-4090"))
+    expected = plan("demo", gpu="rtx-4090", method="all", batch_size=train.batch_size, max_length=train.max_length)
+    assert found["plan"]["rows"] == [row.to_dict() for row in expected.rows]
+    assert train.max_length != configuration("plan", {}).train.max_length
+    taken = taken_by("data", {"lora.r": "3", "data.path": "x"}, "compare")
+    assert taken == {"data.path": "x", "train.max_length": str(train.max_length), "data.max_eval_rows": "256"}
+    assert taken_by("data", {"data.path": "x"}, "train") == taken_by("data", {"data.path": "x"}, "study") == {"data.path": "x"}
 
 
 def test_wrong_options_are_said(client):

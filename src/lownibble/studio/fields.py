@@ -131,6 +131,18 @@ def command_line(command: str, values: Mapping[str, str]) -> list[str]:
     return words
 
 
-def taken_by(command: str, values: Mapping[str, str]) -> dict[str, str]:
-    """Of a form's values, those that another command has by the same name."""
-    return {name: values[name] for path, _ in leaves(COMMANDS[command].config) if (name := ".".join(path)) in values}
+def taken_by(command: str, values: Mapping[str, str], origin: str) -> dict[str, str]:
+    """Of a form's values, those that another command has by the same name; and the defaults of the form's own command, `origin`,
+    where the other's are not the same."""
+    its, taken = _defaults(origin) if origin in COMMANDS else {}, {}
+    for name, default in _defaults(command).items():
+        if name in values:
+            taken[name] = values[name]
+        elif its.get(name, "") not in ("", default):
+            taken[name] = its[name]
+    return taken
+
+
+def _defaults(command: str) -> dict[str, str]:
+    config = COMMANDS[command].config
+    return {".".join(path): text_of(default_of(config, path, field)) for path, field in leaves(config)}

@@ -123,7 +123,7 @@ def app(jobs: Jobs, *, host: str = "127.0.0.1", api_key: str | None = None) -> F
     @made.post("/api/preview")
     def preview(body: Form) -> dict[str, Any]:
         with previews:
-            return _or_error(lambda: _answer_of(command_line("data", taken_by("data", body.values))))
+            return _or_error(lambda: _answer_of(command_line("data", taken_by("data", body.values, body.command))))
 
     @made.post("/api/upload")
     async def upload(name: str, request: Request) -> dict[str, Any]:
@@ -225,7 +225,9 @@ def make_plan(body: Form) -> dict[str, Any]:
     """
     run = configuration(body.command, body.values)
     of_ranks = ("train.parallel", "train.fsdp_cpu_offload")
-    values = {k: v for k, v in taken_by("plan", body.values).items() if not k.startswith("data.") and k not in of_ranks}
+    values = {
+        k: v for k, v in taken_by("plan", body.values, body.command).items() if not k.startswith("data.") and k not in of_ranks
+    }
     method = str(getattr(run, "method", "all"))
     alone = method != "all" and (run.merge_aware or run.train.loraplus_lr_ratio is not None)  # what not every method can have
     values |= {"gpu": body.gpu or here(), "method": method if alone else "all"}

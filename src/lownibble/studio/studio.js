@@ -69,12 +69,13 @@ function field(option, value, set, words) {
 const what = () => $("input[name=what]:checked").value;
 const options = (command) => form.commands[command].fields;
 const option = (command, name) => options(command).find((each) => each.name === name);
+const current = (name) => values[name] || option(what(), name).default;
 const taken = (command) => Object.fromEntries(options(command).filter((each) => values[each.name]).map((each) => [each.name, values[each.name]]));
 
 function set(name) { return (text) => { values[name] = text; changed(name); }; }
 const refresh = later(() => { check(); plan(); }, 250);
 function changed(name) {
-  if (name === "data.path" && lengthened && values[EPOCHS] === lengthened) { values[EPOCHS] = lengthened = ""; all(`[data-option="${EPOCHS}"]`).forEach((each) => { each.value = ""; }); }
+  if (name === "data.path") shorten();
   if (name === "model" || name.startsWith("data.") || ["train.max_length", "train.objective"].includes(name)) stale();
   if (what() === "study") study();
   refresh();
@@ -138,7 +139,7 @@ async function look() {
   try {
     const own = taken("data");
     if (own[EPOCHS] === lengthened) delete own[EPOCHS];
-    rows = await api("preview", { command: "data", values: own });
+    rows = await api("preview", { command: what(), values: own });
     $("#looking").textContent = "";
     $("#preview").replaceChildren(...preview(rows), ...lengthen(rows));
   } catch (error) {
@@ -181,23 +182,28 @@ async function upload(file) {
   }
   $("#file").value = "";
 }
-// A short run teaches little: the page sets the epochs, until the user says how long it is to be.
+// A short run teaches little: the page sets the epochs, until the user says how long it is to be. Where steps are set, epochs do nothing.
 const EPOCHS = "train.num_train_epochs";
 let lengthened = "";
 function lengthen(found) {
   const own = values[EPOCHS] && values[EPOCHS] !== lengthened;
-  if (own) return [];
+  if (own || what() === "study" || current("train.max_steps")) return [];
   lengthened = String(found.suggested_epochs || "");
   if ((values[EPOCHS] || "") !== lengthened) { set(EPOCHS)(lengthened); build(); }
   return lengthened ? [el("p", { className: "note", textContent: `One epoch of ${whole(found.training.rows)} rows is a short run, which teaches little: Epochs is set to ${lengthened}.` })] : [];
 }
-// Tokens that the run trains on, once the rows have been looked at.
+function shorten() {
+  if (!lengthened || values[EPOCHS] !== lengthened) return;
+  values[EPOCHS] = lengthened = "";
+  all(`[data-option="${EPOCHS}"]`).forEach((each) => { each.value = ""; });
+}
+// Tokens that the run trains on, once the rows have been looked at. Packed rows are full.
 function tokens() {
   if (!rows) return null;
-  const of = rows.training, steps = Number(values["train.max_steps"]);
-  const number = (name) => Number(values[name] || option("train", name).default);
-  const rowsSeen = steps ? steps * number("train.batch_size") * number("train.gradient_accumulation_steps") : of.rows * number("train.num_train_epochs");
-  return Math.max(1, Math.round(of.tokens / of.rows * rowsSeen)) || null;
+  const of = rows.training, number = (name) => Number(current(name)), steps = number("train.max_steps");
+  const inRow = current("train.packing") === "true" ? number("train.max_length") : of.tokens / of.rows;
+  const seen = steps ? steps * number("train.batch_size") * number("train.gradient_accumulation_steps") * inRow : of.tokens * number("train.num_train_epochs");
+  return Math.max(1, Math.round(seen)) || null;
 }
 
 // ---- the plan
@@ -512,7 +518,7 @@ $("#find").oninput = find;
 $("#start").onclick = startForm;
 $("#form").onsubmit = (event) => { event.preventDefault(); };
 $("#file").onchange = (event) => { if (event.target.files[0]) upload(event.target.files[0]); };
-all("input[name=what]").forEach((input) => { input.onchange = () => { build(); check(); plan(); }; });
+all("input[name=what]").forEach((input) => { input.onchange = () => { shorten(); stale(); build(); check(); plan(); }; });
 document.addEventListener("click", async (event) => {
   if (!event.target.matches(".copy")) return;
   const text = $(".command", event.target.closest("dialog, .start, section")).textContent;
