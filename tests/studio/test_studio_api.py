@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -81,6 +82,15 @@ def test_a_key_is_asked_for_and_kept_in_a_cookie(jobs):
         assert client.get("/api/jobs").status_code == 200
 
 
+@pytest.mark.parametrize("host", ["[::1]", "[::1]:8100", "studio.example"])
+def test_a_key_is_kept_at_any_host(jobs, host):
+    with TestClient(app(jobs, host="::", api_key="secret"), base_url=f"http://{host}") as client:
+        answer = client.post("/api/key", json={"key": "secret"})
+        kept = answer.headers["set-cookie"].partition(";")[0]
+        assert kept.startswith("studio-8100=" if "8100" in host else "studio-=")
+        assert client.get("/api/jobs", headers={"cookie": kept}).status_code == 200
+
+
 def test_a_key_of_any_characters_logs_in(jobs):
     key = 'a,b;c"d\\e f='
     with TestClient(app(jobs, api_key=key), base_url="http://127.0.0.1:8100") as client:
@@ -153,6 +163,17 @@ def test_uploads_of_anything(client, jobs):
         refused = upload(client, name, b"\x89PNG")
         assert refused.status_code == 400
         assert "must end in one of .jsonl" in refused.json()["error"]
+
+
+def test_uploads_with_long_names_and_odd_lengths(client, jobs):
+    """Names are cut by their bytes: letters that take three are fewer."""
+    for name in ("\u6570" * 80 + ".jsonl", "a" * 300 + ".jsonl"):
+        path = Path(upload(client, name).json()["path"])
+        assert path.read_bytes() == b"{}\n"
+        assert path.suffix == ".jsonl"
+        assert 190 < len(path.name.encode()) <= 200
+    headers = {"content-type": "application/octet-stream", "content-length": "abc"}
+    assert client.post("/api/upload?name=a.csv", content=b"{}\n", headers=headers).status_code == 400
 
 
 def test_an_upload_to_a_full_disk(client, jobs, monkeypatch):

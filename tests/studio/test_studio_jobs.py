@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from lownibble.errors import ConfigError, OutputError
 from lownibble.studio.launched import Jobs, opened
+from lownibble.studio.routes import _products
 from lownibble.studio.tracks import POINTS, Track
 from lownibble.training.output import hold
 
@@ -248,3 +250,126 @@ def test_memory_is_noted_while_a_job_runs(jobs, monkeypatch):
     assert 0 < found["peak"] < 1 << 30
     assert failures
     assert jobs.describe(job)["planned"] == [1, 2, 3]
+
+
+def test_curves_are_read_under_the_lock(client, jobs, monkeypatch):
+    """A look in another thread would find the columns exported, and leave them of different lengths."""
+    (jobs.folder / "one").mkdir()
+    (jobs.folder / "one" / "events.jsonl").write_text(line(1, 2.5))
+    held = []
+    for name in ("curve", "figures", "look"):
+        real = getattr(Track, name)
+        monkeypatch.setattr(Track, name, lambda self, real=real: (held.append(jobs.lock._is_owned()), real(self))[1])
+    assert client.get("/api/jobs/run:one").json()["curves"][0]["loss"] == [2.5]
+    assert client.get("/api/jobs/run:one/curves").json()[0]["loss"] == [2.5]
+    assert len(held) >= 5
+    assert all(held)
+
+
+def test_a_run_whose_steps_are_skipped_says_so(tmp_path):
+    path = tmp_path / "events.jsonl"
+    skipped = [{"event": "Skipped", "step": n, "reason": "the loss is nan", "seconds": 0.5} for n in range(1, 61)]
+    events = [{"event": "Started", "first_step": 0, "total_steps": 100}, *skipped]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    track = Track("", path).look()
+    assert (track.figures()["step"], track.figures()["seconds_left"]) == (60, 20.0)
+    assert track.said() == ["Steps that were skipped: 60. The last one, 60: the loss is nan"]
+    with path.open("a") as file:
+        file.write('{"event": "Started", "first_step": 40, "total_steps": 100}\n' + line(41, 1.0))
+    track.look()
+    assert track.figures()["step"] == 41
+    assert "skipped: 40. The last one, 40" in track.said()[0]
+
+
+@pytest.mark.parametrize("steps", [3, 30])
+def test_a_file_that_is_written_anew_is_read_anew(tmp_path, steps):
+    """Shorter or longer than the one before."""
+    path = tmp_path / "events.jsonl"
+    path.write_text(json.dumps({"event": "Warned", "message": "old"}) + "\n" + "".join(line(n, 9.0) for n in range(1, 11)))
+    track = Track("", path).look()
+    path.write_text("".join(line(n, 1.0) for n in range(1, steps + 1)))
+    assert track.look().curve()["step"] == list(range(1, steps + 1))
+    assert set(track.curve()["loss"]) == {1.0}
+    assert track.said() == []
+
+
+def test_a_servers_address_is_that_of_its_last_start(client, jobs):
+    job = jobs.start(["serve", "sleeps"], None)
+    log = jobs.folder / ".studio" / "jobs" / job.id / "log"
+
+    def say(text):
+        with log.open("a") as file:
+            file.write(text)
+
+    def address():
+        return client.get(f"/api/jobs/{job.id}").json()["address"]
+
+    assert address() is None
+    say("listening at http://127.0.0.1:1/v1\n")
+    assert address() == "http://127.0.0.1:1"
+    say("a request\n" * 10_000)  # more than is shown
+    assert address() == "http://127.0.0.1:1"
+    jobs.stop(job.id)
+    jobs.children[job.id].wait(10)
+    assert address() is None
+    jobs.resume(job.id)
+    assert address() is None
+    say("listening at http://127.0.0.1:2/v1\n")
+    assert address() == "http://127.0.0.1:2"
+
+
+def test_a_folder_is_the_same_from_another_one(tmp_path, monkeypatch):
+    """A run is listed once, and paths of what it left mean something where the studio is now."""
+    place, run = tmp_path / "home" / "runs" / ".studio" / "jobs" / "train-1", tmp_path / "home" / "runs" / "qlora-1"
+    place.mkdir(parents=True)
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    (run / "events.jsonl").write_text(line(1, 2.5))
+    job = {"id": "train-1", "words": ["train"], "cwd": str(tmp_path / "home"), "output": "runs/qlora-1", "pid": 1 << 30}
+    (place / "job.json").write_text(json.dumps(job))
+    (tmp_path / "other").mkdir()
+    for there, folder in ((tmp_path / "home", "runs"), (tmp_path / "other", "../home/runs")):
+        monkeypatch.chdir(there)
+        with opened(folder) as jobs:
+            (found,) = jobs.all()
+            product = next(each for each in _products(found) if each["what"] == "adapter")
+            assert Path(product["path"]).resolve() == run / "adapter"
+            assert Path(product["folder"]).resolve() == Path(jobs.describe(found)["output"]).resolve() == run
+            assert jobs.free_output("qlora").endswith("qlora-2")
+
+
+def test_a_method_with_a_record_is_over(jobs):
+    """One that failed says nothing at its end."""
+    for name in ("lora", "qlora"):
+        (jobs.folder / "both" / name).mkdir(parents=True)
+        started = json.dumps({"event": "Started", "first_step": 0, "total_steps": 9}) + "\n"
+        (jobs.folder / "both" / name / "events.jsonl").write_text(started + line(1, 2.5))
+    (jobs.folder / "both" / "lora" / "record.json").write_text('{"status": "failed"}')
+    with hold(jobs.folder / "both"):
+        (found,) = jobs.all()
+        assert [run["phase"] for run in jobs.describe(found)["runs"]] == ["finished", "training"]
+
+
+def test_jobs_of_another_version_and_a_folder_that_is_gone(client, jobs):
+    place = jobs.folder / ".studio" / "jobs" / "train-9"
+    place.mkdir()
+    for text in ('{"id": "train-9", "words": null, "cwd": "/"}', '{"id": "train-9", "words": [1], "cwd": "/"}', "{}"):
+        (place / "job.json").write_text(text)
+        assert client.get("/api/jobs").json()["jobs"] == []
+    shutil.rmtree(jobs.folder)
+    gone = client.get("/api/jobs")
+    jobs.folder.mkdir()
+    (jobs.folder / ".studio" / "jobs").mkdir(parents=True)
+    assert gone.status_code == 507
+    assert "Cannot read 'runs': No such file or directory." in gone.json()["error"]
+
+
+def test_of_many_the_newest_and_what_runs_are_listed(client, jobs, monkeypatch):
+    monkeypatch.setattr("lownibble.studio.routes.MOST_JOBS", 1)
+    for age, name in enumerate(("new", "old", "oldest")):
+        (jobs.folder / name).mkdir()
+        (jobs.folder / name / "events.jsonl").write_text(line(1, 2.5))
+        os.utime(jobs.folder / name / "events.jsonl", (1e9 - age, 1e9 - age))
+    with hold(jobs.folder / "oldest"):
+        found = client.get("/api/jobs").json()
+    assert ([each["id"] for each in found["jobs"]], found["left_out"]) == (["run:new", "run:oldest"], 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +25,8 @@ MOST_BODY = 4 << 20
 
 def cookie(headers: Headers) -> str:
     """The cookie's name, by port: browsers send the cookies of all ports of a host."""
-    return f"studio-{headers.get('host', '').rpartition(':')[2]}"
+    port = re.search(r":(\d+)$", headers.get("host", ""))
+    return f"studio-{port[1] if port else ''}"
 
 
 def ticket(key: str) -> str:
@@ -57,7 +59,7 @@ class Gate:
         if posts and kind != ("application/octet-stream" if path == "/api/upload" else "application/json"):
             return _no(415, "The body must be JSON; that of an upload application/octet-stream.")
         size = headers.get("content-length", "0")
-        if posts and path != "/api/upload" and (not size.isdigit() or int(size) > MOST_BODY or "transfer-encoding" in headers):
+        if posts and path != "/api/upload" and (not size.isdecimal() or int(size) > MOST_BODY or "transfer-encoding" in headers):
             return _no(413, f"The body is larger than {MOST_BODY >> 20} MB, or does not say how large it is.")
         if self.key and path.startswith("/api/") and path != "/api/key" and not self._has_key(headers):
             return _no(401, "The studio asks for its key: it was given as --api-key or LOWNIBBLE_API_KEY.")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -76,6 +77,11 @@ class Job:
         """Where its output goes."""
         return None if self.output is None else Path(self.cwd) / self.output
 
+    @property
+    def shown(self) -> str | None:
+        """The path of its output for what is started now: as it was given, where that still means the same."""
+        return self.output if self.folder is None or Path(self.cwd) == Path.cwd() else str(self.folder)
+
 
 @contextmanager
 def opened(folder: str | Path) -> Iterator[Jobs]:
@@ -115,6 +121,7 @@ class Jobs:
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         self.tracks: dict[Path, Track] = {}
         self.memories: dict[str, Memory] = {}
+        self.addresses: dict[tuple[str, float], str] = {}
         self.told: dict[Path, tuple[tuple[int, int], Any]] = {}
         self.ended = threading.Event()
         self.sampler = threading.Thread(target=self._sample, daemon=True)
@@ -146,7 +153,12 @@ class Jobs:
         """
         with self.lock:
             for other in self.all():
-                if output and other.folder == Path.cwd() / output and self.status(other) == "running":
+                if (
+                    output
+                    and other.folder
+                    and other.folder.resolve() == Path(output).resolve()
+                    and self.status(other) == "running"
+                ):
                     raise OutputError(f"A job that writes to '{output}' is running. Choose another name, or stop that one first.")
             id_ = self._free_id(words[0])
             place = self._place(id_)
@@ -233,9 +245,9 @@ class Jobs:
     def free_output(self, name: str) -> str:
         """A path below the folder that is not there yet: 'qlora-1', 'qlora-2', ..., with the name's suffix."""
         stem, suffix = Path(name).stem, Path(name).suffix
-        taken = {job.output for job in self.all()}
+        taken = {job.folder.resolve() for job in self.all() if job.folder}
         paths = (str(self.folder / f"{stem}-{n}{suffix}") for n in range(1, 1 << 20))
-        return next(path for path in paths if path not in taken and not Path(path).exists())
+        return next(path for path in paths if Path(path).resolve() not in taken and not Path(path).exists())
 
     def _place(self, id_: str) -> Path:
         return self.folder / ".studio" / "jobs" / id_
@@ -249,15 +261,27 @@ class Jobs:
     # ---- finding and describing
 
     def all(self) -> list[Job]:
-        """All jobs and runs, newest first."""
+        """All jobs and runs, newest first.
+
+        Raises:
+            OutputError: the folder is gone.
+        """
         found = []
-        for path in (self.folder / ".studio" / "jobs").iterdir():
+        try:
+            places, folders = [*(self.folder / ".studio" / "jobs").iterdir()], [*self.folder.iterdir()]
+        except OSError as error:
+            raise OutputError(
+                f"Cannot read '{self.folder}': {error.strerror}. Put it back, or start the studio again with another --folder."
+            ) from None
+        for path in places:
             known = self._parsed(path / "job.json")
             with suppress(TypeError):  # no job, or one of another version
-                found.append(Job(**known))
-        outputs = {job.folder for job in found}
-        for folder in self.folder.iterdir():
-            if Path.cwd() / folder in outputs or folder.name.startswith("."):
+                job = Job(**known)
+                if isinstance(job.words, list) and all(isinstance(word, str) for word in job.words):
+                    found.append(job)
+        outputs = {job.folder.resolve() for job in found if job.folder}
+        for folder in folders:
+            if folder.resolve() in outputs or folder.name.startswith("."):
                 continue
             with suppress(OSError, ValueError):  # it may not be read, or is no run: max of nothing
                 files = [each for name in _OF_A_RUN if (each := folder / name).exists()]
@@ -310,8 +334,9 @@ class Jobs:
             found = self._parsed(job.folder / "record.json") if job.folder else None
         return found if isinstance(found, dict) else None
 
-    def curves(self, job: Job) -> list[Track]:
-        """The runs of a job: one, or one for each method of a comparison."""
+    def tracks_of(self, job: Job) -> list[Track]:
+        """The runs of a job: one, or one for each method of a comparison. Read them under `lock`: another thread's look adds to
+        them."""
         if job.folder is None or job.kind not in ("train", "compare"):
             return []
         files = [job.folder / "events.jsonl"] if job.kind == "train" else sorted(job.folder.glob("*/events.jsonl"))
@@ -333,17 +358,36 @@ class Jobs:
             return ""
         return "\n".join(line.rpartition("\r")[2] for line in text.split("\n"))
 
+    def address(self, job: Job) -> str | None:
+        """Where a server listens, once it does: what its last start said, which may have left the end of the log since."""
+        if job.kind != "serve" or self.status(job) != "running":
+            return None
+        key = job.id, job.started
+        with self.lock, suppress(OSError):
+            if key not in self.addresses:
+                text = (self._place(job.id) / "log").read_text(encoding="utf-8", errors="replace").rpartition("\n$ lownibble ")[2]
+                if found := re.search(r" at (http://\S+)/v1", text):
+                    self.addresses[key] = found[1]
+        return self.addresses.get(key)
+
     def describe(self, job: Job) -> dict[str, Any]:
         """What a list of jobs shows of one, ready for JSON."""
         status, result = self.status(job), self.result(job)
         note = "" if status in ("running", "ok") else str((result or {}).get("error", DIED if status == "died" else ""))
-        tracks = self.curves(job)
+        with self.lock:
+            tracks = self.tracks_of(job)
+            seen = sum(track.tail.offset for track in tracks)
+            runs = [{"name": track.name, **track.figures(), **self._ended(job, track)} for track in tracks]
         return {
             "id": job.id, "kind": job.kind, "command": f"lownibble {shlex.join(job.words)}", "status": status, "note": note,
-            "asked": job.asked, "output": job.output, "started": job.started, "own": bool(job.pid), "planned": job.planned,
-            "facts": job.facts, "seen": sum(track.tail.offset for track in tracks),
-            "runs": [{"name": track.name, **track.figures()} for track in tracks],
+            "asked": job.asked, "output": job.shown, "started": job.started, "own": bool(job.pid), "planned": job.planned,
+            "facts": job.facts, "seen": seen, "runs": runs,
         }  # fmt: skip
+
+    def _ended(self, job: Job, track: Track) -> dict[str, str]:
+        """The phase of a comparison's method that has a record: one that failed says nothing at its end."""
+        is_over = job.kind == "compare" and (track.tail.path.parent / "record.json").exists()
+        return {"phase": "finished"} if is_over else {}
 
     # ---- memory
 

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
 
@@ -37,15 +38,22 @@ from lownibble.study.spec import read_study
 
 HERE = Path(__file__).parent
 MOST_JOBS = 100
-"""Jobs in the list: the newest."""
+"""Jobs in the list: the newest, and those that run."""
 
 SPARE = 64 << 20
 """Bytes of the disk that an upload leaves free."""
 
+MOST_NAME = 200
+"""Bytes of an uploaded file's name; file systems allow 255, and more is put before it."""
+
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
 _POLICY += "form-action 'none'; frame-ancestors 'none'"
-_REPORT = "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+_REPORT = "sandbox allow-scripts allow-downloads; "
+_REPORT += "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 """Reports are pages with scripts of their own; sandboxed, they cannot use this server."""
+
+_LINK = re.compile(r'<a href="(?!#)[^"]*">([^<]*)</a>')
+"""A report's link to a record, which lies beside the file: here its words alone, as a sandboxed page is not answered."""
 
 _FILES = {"/": "studio.html", "/studio.css": "studio.css", "/studio.js": "studio.js", "/charts.js": "charts.js"}
 
@@ -132,8 +140,9 @@ def app(jobs: Jobs, *, host: str = "127.0.0.1", api_key: str | None = None) -> F
     @made.get("/api/jobs")
     def all_jobs() -> dict[str, Any]:
         found = jobs.all()
+        shown = [*found[:MOST_JOBS], *(job for job in found[MOST_JOBS:] if jobs.status(job) == "running")]
         return {
-            "jobs": [jobs.describe(job) for job in found[:MOST_JOBS]], "left_out": max(0, len(found) - MOST_JOBS),
+            "jobs": [jobs.describe(job) for job in shown], "left_out": len(found) - len(shown),
             "disk_free": shutil.disk_usage(jobs.folder).free,
         }  # fmt: skip
 
@@ -145,24 +154,30 @@ def app(jobs: Jobs, *, host: str = "127.0.0.1", api_key: str | None = None) -> F
     def one(id_: str) -> dict[str, Any]:
         job = jobs.job(id_)
         described = jobs.describe(job)
-        curves = [track.curve() for track in jobs.curves(job)]
+        with jobs.lock:
+            tracks = jobs.tracks_of(job)
+            curves = [track.curve() for track in tracks]
+            warnings = [line for track in tracks for line in track.said()]
         return {
-            **described, "curves": curves, "memory": jobs.memory(job), "log": jobs.log(job), "address": _address(jobs, job),
-            "warnings": list(dict.fromkeys(line for track in jobs.curves(job) for line in track.warnings))[-20:],
+            **described, "curves": curves, "memory": jobs.memory(job), "log": jobs.log(job), "address": jobs.address(job),
+            "warnings": list(dict.fromkeys(warnings))[-20:],
             "report": job.folder is not None and (job.folder / "report.html").exists(),
             "result": _summary(jobs.result(job)), "products": _products(job),
         }  # fmt: skip
 
     @made.get("/api/jobs/{id_}/curves")
     def curves(id_: str) -> list[dict[str, Any]]:
-        return [track.curve() for track in jobs.curves(jobs.job(id_))]
+        job = jobs.job(id_)
+        with jobs.lock:
+            return [track.curve() for track in jobs.tracks_of(job)]
 
     @made.get("/api/jobs/{id_}/report")
     def report(id_: str) -> Response:
         folder = jobs.job(id_).folder
         if folder is None or not (folder / "report.html").exists():
             raise ConfigError("There is no report yet. It is written when the job has ended.")
-        return FileResponse(folder / "report.html", headers={"Content-Security-Policy": _REPORT})
+        text = (folder / "report.html").read_text(encoding="utf-8")
+        return HTMLResponse(_LINK.sub(r"\1", text), headers={"Content-Security-Policy": _REPORT})
 
     @made.post("/api/jobs/{id_}/stop")
     def stop(id_: str) -> dict[str, Any]:
@@ -311,19 +326,13 @@ def _planned(body: Form) -> list[int] | None:
     return None if row is None else [int(row["memory"]["device_bytes"][end]) for end in ("low", "likely", "high")]
 
 
-def _address(jobs: Jobs, job: Job) -> str | None:
-    """Where a server listens, once it does."""
-    found = re.findall(r" at (http://\S+)/v1", jobs.log(job)) if job.kind == "serve" else []
-    return found[-1] if found and jobs.status(job) == "running" else None
-
-
 def _products(job: Job) -> list[dict[str, str]]:
     """What a job left that another can take: adapters, models and files."""
     folder, found = job.folder, []
-    if folder is None or job.output is None:
+    if folder is None or job.shown is None:
         return []
     for path in (folder, *(sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else ())):
-        shown = job.output if path == folder else f"{job.output}/{path.name}"
+        shown = job.shown if path == folder else f"{job.shown}/{path.name}"
         if (path / "adapter" / "adapter_config.json").exists():
             found.append({"what": "adapter", "path": f"{shown}/adapter", "folder": shown})
         if (path / "adapter_config.json").exists() and path == folder:
@@ -331,7 +340,7 @@ def _products(job: Job) -> list[dict[str, str]]:
         if (path / "config.json").exists() and not (path / "adapter_config.json").exists():
             found.append({"what": "model", "path": shown, "folder": shown})
     if folder.is_file():
-        found.append({"what": "file", "path": job.output, "folder": str(Path(job.output).parent)})
+        found.append({"what": "file", "path": job.shown, "folder": str(Path(job.shown).parent)})
     return found
 
 
@@ -362,13 +371,17 @@ async def _receive(folder: Path, name: str, request: Request) -> dict[str, Any]:
     Raises:
         DataError: its name says no format that is read, or it was not sent whole. OutputError: the disk has no room.
     """
-    clean = re.sub(r"[^\w.-]+", "_", Path(name.replace("\\", "/")).name).lstrip(".-")[-120:]
+    clean = re.sub(r"[^\w.-]+", "_", Path(name.replace("\\", "/")).name).lstrip(".-")
+    clean = clean.encode()[-MOST_NAME:].decode(errors="ignore")
     if not clean.lower().endswith(tuple(SUFFIXES)):
         raise DataError(
             f"'{name[:100]}' is no file of rows: its name must end in one of {', '.join(SUFFIXES)}. Save the table as .csv or "
             ".jsonl, then upload that."
         )
-    announced = int(request.headers.get("content-length") or 0)
+    size = request.headers.get("content-length") or "0"
+    if not size.isdecimal():
+        raise DataError("The upload does not say how large it is. Upload it again.")
+    announced = int(size)
     free = shutil.disk_usage(folder.parent).free
     if announced + SPARE > free:
         raise OutputError(
@@ -388,5 +401,6 @@ async def _receive(folder: Path, name: str, request: Request) -> dict[str, Any]:
     except OSError as error:
         raise OutputError(f"Cannot write '{clean}': {error.strerror}. Free some space, then upload it again.") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
     return {"path": str(target), "bytes": received}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,28 @@ POINTS = 512
 
 
 class Tail:
-    """The new lines of a growing file. `bytes_read`: of all looks together."""
+    """The new lines of a growing file. `bytes_read`: of all looks together; `anew`: called when it starts over."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.offset, self.bytes_read = path, 0, 0
+    def __init__(self, path: Path, anew: Callable[[], None] = lambda: None) -> None:
+        self.anew = anew
+        self.path, self.offset, self.bytes_read, self.end = path, 0, 0, b""
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The JSON objects of whole lines that were added since the last look; lines that are none are skipped. A file that was
-        replaced by a shorter one is read from its start (`offset` is 0 then)."""
+        written anew, which shows where the last look ended, is read from its start."""
         try:
             with self.path.open("rb") as file:
-                if file.seek(0, 2) < self.offset:
-                    self.offset = 0
-                file.seek(self.offset)
+                file.seek(self.offset - len(self.end))
+                if file.read(len(self.end)) != self.end:
+                    self.offset, self.end = file.seek(0), b""
+                    self.anew()
                 text = file.read()
         except OSError:
             return
         self.bytes_read += len(text)
         whole = text[: text.rfind(b"\n") + 1]
         self.offset += len(whole)
+        self.end = (self.end + whole)[-64:]
         for line in whole.splitlines():
             with suppress(ValueError):
                 found = json.loads(line)
@@ -51,13 +54,15 @@ class Track:
     """One run's steps and evaluations, up to the last look."""
 
     def __init__(self, name: str, path: Path) -> None:
-        self.name, self.tail = name, Tail(path)
+        self.name, self.tail = name, Tail(path, self._clear)
         self._clear()
 
     def _clear(self) -> None:
         self.steps, self.losses, self.rates = array("q"), array("d"), array("d")
         self.evaluations: list[tuple[int, float]] = []
         self.total, self.counted, self.seconds = 0, 0, 0.0
+        self.last, self.why = 0, ""
+        self.skipped: list[int] = []
         self.warnings: list[str] = []
         self.phase = "starting"
 
@@ -74,6 +79,12 @@ class Track:
                     self.steps.append(step)
                     self.losses.append(loss)
                     self.rates.append(rate)
+                    self.last = step
+                    self.counted += 1
+                    self.seconds += float(event["seconds"])
+                elif kind == "Skipped":
+                    self.last, self.why = int(event["step"]), str(event["reason"])
+                    self.skipped.append(self.last)
                     self.counted += 1
                     self.seconds += float(event["seconds"])
                 elif kind == "Evaluated":
@@ -90,19 +101,27 @@ class Track:
         for column in (self.steps, self.losses, self.rates):
             del column[kept:]
         self.evaluations = [each for each in self.evaluations if each[0] <= step]
+        self.skipped = [each for each in self.skipped if each <= step]
+        self.last = min(self.last, step)
+
+    def said(self) -> list[str]:
+        """Warnings, that of skipped steps included."""
+        if not self.skipped:
+            return self.warnings
+        return [*self.warnings, f"Steps that were skipped: {len(self.skipped)}. The last one, {self.skipped[-1]}: {self.why}"]
 
     def figures(self) -> dict[str, Any]:
         """What a list of runs shows: last step, loss and tokens/s of the last steps, seconds left."""
         recent = slice(-16, None)
         return {
-            "step": self.steps[-1] if self.steps else 0, "total": self.total, "phase": self.phase,
+            "step": self.last, "total": self.total, "phase": self.phase,
             "loss": _mean(self.losses[recent]), "tokens_per_s": _mean(self.rates[recent]),
             "evaluation": _finite(self.evaluations[-1][1]) if self.evaluations else None, "seconds_left": self._seconds_left(),
         }  # fmt: skip
 
     def _seconds_left(self) -> float | None:
         """At the mean pace of the steps that this studio has seen, evaluations not counted."""
-        return _finite((self.total - self.steps[-1]) * self.seconds / self.counted) if self.counted and self.steps else None
+        return _finite((self.total - self.last) * self.seconds / self.counted) if self.counted else None
 
     def curve(self) -> dict[str, Any]:
         """Down-sampled columns, ready for JSON; values that are not finite are null."""
