@@ -64,4 +64,4 @@ def check_quiet(browser, address):
     asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
     assert [url for url in asked if not url.startswith((address, "data:"))] == []
     assert [e for e in browser.complaints() if e["method"] != "Network.requestWillBeSent"] == []
-    assert browser.value("document.documentElement.scrollWidth <= innerWidth")
+    assert browser.value("document.documentElement.scrollWidth <= document.documentElement.clientWidth")

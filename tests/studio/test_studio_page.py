@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -11,6 +12,8 @@ from chromium import BINARY, Chromium
 from driving import badge, check_quiet, choose, click, fill, studio, until, upload
 from gguf import GGUFReader
 from safetensors.torch import load_file
+
+from lownibble.study.report import write
 
 
 @pytest.fixture
@@ -181,3 +184,130 @@ def test_steps_of_ten_long_runs_are_seen_within_a_second(browser, tmp_path):
         assert browser.value("document.querySelectorAll('#b-loss li').length") == 10
         check_quiet(browser, address)
     assert min(waits) < 1.0, waits
+
+
+ODD_NAMES = ("my run", "50%off", "a%20b", "<b>&ü#?")
+
+
+def steps(*numbers):
+    """Lines of events."""
+    return "".join(json.dumps({"event": "Stepped", "step": n, "loss": n, "tokens": 9, "seconds": 0.1}) + "\n" for n in numbers)
+
+
+@pytest.fixture
+def page(browser, tmp_path):
+    """The page of a studio whose folder has runs of a terminal, with `ODD_NAMES`."""
+    for name in ODD_NAMES:
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        started = json.dumps({"event": "Started", "first_step": 0, "total_steps": 20_000}) + "\n"
+        (tmp_path / "runs" / name / "events.jsonl").write_text(started + steps(1, 12_345))
+    with studio(tmp_path) as address:
+        browser.open(f"{address}#runs")
+        until(browser, f"document.querySelectorAll('.run').length == {len(ODD_NAMES)}")
+        yield address
+        browser.open("about:blank")
+
+
+FIGURES = "document.querySelector('#j-figures')?.textContent.includes('{}')"
+
+
+def test_runs_of_any_name_are_opened_and_outlive_a_failed_request(browser, page, tmp_path):
+    for place, name in enumerate(
+        sorted(ODD_NAMES, key=lambda name: -(tmp_path / "runs" / name / "events.jsonl").stat().st_mtime)
+    ):
+        browser.value("location.hash = '#runs'")
+        until(browser, "!document.querySelector('#runs').hidden")
+        browser.value(f"document.querySelectorAll('.run a')[{place}].click()")
+        until(browser, "!!document.querySelector('#j-badge')", 20)
+        assert browser.value("document.querySelector('#job h1').textContent").endswith(name)
+        check_quiet(browser, page)
+    browser.value("location.hash = '#job/run:50%off'")  # as typed
+    until(browser, "document.querySelector('#job h1')?.textContent.endsWith('50%off')")
+    until(browser, FIGURES.format("6,173"))
+    browser.value("document.querySelector('#c-loss svg').focus()")
+    browser("Input.dispatchKeyEvent", type="keyDown", key="ArrowLeft")
+    assert browser.value("document.querySelector('#c-loss .tip').textContent").startswith("step 12,345:")
+    browser.value("""(() => { const real = fetch; window.fetch = (url, more) => {
+        if (!url.includes("jobs/run")) return real(url, more);
+        window.fetch = real; window.failed = true; return Promise.reject(new TypeError("no")); }; })()""")
+    with (tmp_path / "runs" / "50%off" / "events.jsonl").open("a") as file:
+        file.write(steps(12_346))
+    until(browser, "window.failed && !!document.querySelector('#j-badge')", 20)
+    with (tmp_path / "runs" / "50%off" / "events.jsonl").open("a") as file:
+        file.write(steps(*range(12_347, 12_400)))
+    until(browser, FIGURES.format("12,390"), 20)
+    check_quiet(browser, page)
+
+
+def test_the_list_of_runs_stays_true(browser, page):
+    browser.value("document.querySelector('.skip').click()")
+    assert browser.value("location.hash + document.activeElement.id") == "#runsmain"
+    assert browser.value("document.querySelector('#new').hidden && !document.querySelector('#runs').hidden")
+    until(browser, "document.querySelector('.run p').textContent.includes('just now')")
+    browser.value("(() => { const real = Date.now; Date.now = () => real() + 5 * 3600e3; })()")
+    until(browser, "document.querySelector('.run p').textContent.includes('5 h ago')", 20)
+    browser.value("""(() => { const real = fetch; window.fetch = async (url) => url != "/api/jobs" ? real(url)
+        : new Response(JSON.stringify({ ...await (await real(url)).json(), left_out: 7 })); })()""")
+    until(browser, "document.querySelector('#older').checkVisibility()", 20)
+    assert browser.value("document.querySelector('#older').textContent") == "7 older ones are in the folder."
+    browser.value("document.querySelectorAll('.run input').forEach(e => e.click())")
+    until(browser, f"document.querySelectorAll('#beside thead a').length == {len(ODD_NAMES)}", 20)
+    browser.resize(390)
+    check_quiet(browser, page)
+
+
+STUB = """(() => { const real = fetch; window.sent = []; window.fetch = async (url, more) => {
+    if (url == "/api/jobs" && more?.body) { sent.push(more.body); return new Response('{"error": "no"}', { status: 400 }); }
+    const answer = await real(url, more);
+    if (more?.body?.includes('"lora.r":"0"')) await new Promise(done => setTimeout(done, 3000));
+    return answer; }; })()"""
+
+
+def test_forms_take_enter_and_only_their_last_answer(browser, page):
+    browser.value("location.hash = '#new'")
+    until(browser, "document.querySelectorAll('.planned').length == 3")
+    browser.value(STUB)
+    fill(browser, "lora.r", "0")
+    time.sleep(0.6)
+    fill(browser, "lora.r", "4")
+    time.sleep(4)
+    assert " --r 4 " in browser.value("document.querySelector('#command').textContent")
+    assert browser.value("document.querySelector('#wrong').hidden && !document.querySelector('#start').disabled")
+    fill(browser, "lora.r", "")
+    browser.value("ask('merge', 'Merge', '', { adapter: 'some/adapter' })")
+    browser.value("document.querySelector('#ask input').focus()")
+    for kind in ("rawKeyDown", "char", "keyUp"):
+        text = {"text": "\r"} if kind == "char" else {}
+        browser("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, **text)
+    until(browser, "sent.length == 1 && !document.querySelector('#refused').hidden", 20)
+    assert json.loads(browser.value("sent[0]"))["values"] == {"adapter": "some/adapter"}
+    assert browser.value("document.querySelector('#ask').open")
+    click(browser, "Cancel")
+    assert not browser.value("document.querySelector('#ask').open")
+    found = "{ suggested_epochs: 10, training: { rows: 10, tokens: 1000 } }"
+    choose(browser, "compare")
+    assert browser.value(f"lengthen({found})") == []
+    assert browser.value(f"(() => {{ rows = {found}; return [tokens(), values[EPOCHS] || '']; }})()") == [48 * 16 * 100, ""]
+    choose(browser, "train")
+    assert browser.value(f"lengthen({found}).length") == 1
+    assert browser.value(f"(() => {{ rows = {found}; return [tokens(), values[EPOCHS]]; }})()") == [10 * 1000, "10"]
+    fill(browser, "train.max_steps", "3")
+    fill(browser, "train.packing", "true")
+    assert browser.value(f"(() => {{ rows = {found}; return tokens(); }})()") == 3 * 8 * 512
+
+
+def test_a_report_is_saved_from(browser, page, tmp_path):
+    """Its buttons work in the sandbox, and it has no links, which would not be answered."""
+    made = json.loads((Path(__file__).parents[1] / "study" / "fixtures" / "comparison.json").read_text())
+    write(tmp_path / "runs" / "my run" / "report.html", made["comparison"], made["runs"])
+    browser.open(f"{page}api/jobs/run:my run/report")
+    (tmp_path / "saved").mkdir()
+    browser("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path / "saved"))
+    browser.value("document.querySelector('.save button').click()")
+    end = time.monotonic() + 20
+    while not list((tmp_path / "saved").glob("*.csv")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert browser.value("document.querySelectorAll('a').length") == 0
+    assert browser.value("document.querySelector('.records').textContent").count("record.json") == 1 + len(made["runs"])
+    check_quiet(browser, page)

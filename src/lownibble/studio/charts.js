@@ -21,6 +21,7 @@ const charts = (() => {
   }
 
   const short = (value) => value.toLocaleString("en", { maximumSignificantDigits: 4, notation: Math.abs(value) >= 1e5 ? "compact" : "standard" });
+  const plain = (x) => x.toLocaleString("en", { maximumFractionDigits: 1 });
 
   // figure: an element. chart: { title, x: word, unit, series: [{ name, x, y, dots }], band: [low, high, words], zero, format, colours }
   function draw(figure, chart) {
@@ -102,10 +103,10 @@ const charts = (() => {
       read(at) {
         const text = series.map((one) => {
           const i = one.x.reduce((best, x, place) => (Math.abs(x - at) < Math.abs(one.x[best] - at) ? place : best), 0);
-          return one.y[i] === null ? null : `${one.name ? `${one.name} ` : ""}${format(one.y[i])}${one.dots ? ` (${chart.x} ${short(one.x[i])})` : ""}`;
+          return one.y[i] === null ? null : `${one.name ? `${one.name} ` : ""}${format(one.y[i])}${one.dots ? ` (${chart.x} ${plain(one.x[i])})` : ""}`;
         }).filter(Boolean).join(" · ");
         cross.setAttribute("x1", px(at)); cross.setAttribute("x2", px(at)); cross.setAttribute("visibility", "visible");
-        figure.querySelector(".tip").textContent = `${chart.x} ${short(at)}: ${text}`;
+        figure.querySelector(".tip").textContent = `${chart.x} ${plain(at)}: ${text}`;
         figure.dataset.at = at;
       },
       leave() { cross.setAttribute("visibility", "hidden"); figure.querySelector(".tip").textContent = ""; delete figure.dataset.at; },

@@ -30,6 +30,15 @@ const range = (r, show) => `${show(r.likely)} (${show(r.low)} to ${show(r.high)}
 const say = (text) => { $("#said").textContent = text; };
 function later(work, ms) { let timer; return () => { clearTimeout(timer); timer = setTimeout(work, ms); }; }
 
+// Ids of runs are names of folders, which may hold anything.
+const linkTo = (id) => `#job/${encodeURIComponent(id)}`, pathOf = (id) => `jobs/${encodeURIComponent(id)}`;
+function place() {
+  let text = location.hash.slice(1);
+  try { text = decodeURIComponent(text); } catch { /* typed by hand: a plain % */ }
+  const [name, ...rest] = text.split("/");
+  return { name: ["new", "runs", "job"].includes(name) ? name : "new", id: rest.join("/") };
+}
+
 class Refused extends Error {}
 async function api(path, body) {
   let answer;
@@ -120,13 +129,16 @@ function study(first) {
   } else if (!$("#toml").dataset.own) $("#toml").value = toml;
 }
 
+let checking = 0;
 async function check() {
-  const wrong = $("#wrong");
-  try {
-    $("#command").textContent = (await api("check", what() === "study" ? { command: "study", toml: $("#toml").value } : { command: what(), values: taken(what()) })).command;
-    wrong.hidden = true;
-  } catch (error) { wrong.textContent = error.message; wrong.hidden = false; }
-  $("#start").disabled = !wrong.hidden;
+  const mine = ++checking, wrong = $("#wrong");
+  let command = null, why = "";
+  try { command = (await api("check", what() === "study" ? { command: "study", toml: $("#toml").value } : { command: what(), values: taken(what()) })).command; } catch (error) { why = error.message; }
+  if (mine !== checking) return;
+  if (command !== null) $("#command").textContent = command;
+  wrong.textContent = why;
+  wrong.hidden = command !== null;
+  $("#start").disabled = command === null;
 }
 
 // ---- rows
@@ -248,11 +260,14 @@ function planned(found) {
   return out;
 }
 // Every card: asked for only while it is open.
+let dealing = 0;
 async function cards() {
-  const box = $("#cards");
+  const mine = ++dealing, box = $("#cards");
   if (!$("#fits").open || what() === "study") return;
   let found;
-  try { found = await api("plan", { command: what(), values: taken(what()), gpu: "all", tokens: tokens() }); } catch { box.replaceChildren(); return; }
+  try { found = await api("plan", { command: what(), values: taken(what()), gpu: "all", tokens: tokens() }); } catch { found = null; }
+  if (mine !== dealing) return;
+  if (!found) { box.replaceChildren(); return; }
   const list = found.plan.rows, names = [...new Set(list.map((row) => row.device))], methods = [...new Set(list.map((row) => row.method))];
   const title = Object.fromEntries(form.devices.map((each) => [each.name, each.title.split(",")[0]]));
   box.replaceChildren(el("table", {},
@@ -272,7 +287,7 @@ async function start(body, button) {
     const made = await api("jobs", body);
     say(`Started ${made.id}`);
     await poll();
-    location.hash = `#job/${made.id}`;
+    location.hash = linkTo(made.id);
     return null;
   } catch (error) { return error.message; } finally { button.disabled = false; }
 }
@@ -285,9 +300,13 @@ async function startForm() {
 // A command's dialog, with some options filled in.
 function ask(command, title, about, given) {
   const dialog = $("#ask"), chosen = { ...given };
+  let mine = 0;
   const update = later(async () => {
-    try { $(".command", dialog).textContent = (await api("check", { command, values: clean() })).command; $("#refused").hidden = true; }
-    catch (error) { refuse(error.message); }
+    const now = ++mine;
+    let words = null, why = "";
+    try { words = (await api("check", { command, values: clean() })).command; } catch (error) { why = error.message; }
+    if (now !== mine) return;
+    if (words === null) refuse(why); else { $(".command", dialog).textContent = words; $("#refused").hidden = true; }
   }, 150);
   const clean = () => Object.fromEntries(Object.entries(chosen).filter(([, text]) => text));
   const refuse = (text) => { $("#refused").textContent = text; $("#refused").hidden = false; };
@@ -301,7 +320,7 @@ function ask(command, title, about, given) {
   $(".command", dialog).textContent = "";
   const leaf = ["merge", "export", "quantize"].includes(command);
   if (leaf) $("[data-option=output]", dialog).placeholder = "a new one in the studio's folder";
-  $("#go").onclick = async () => { const why = await start({ command, values: clean() }, $("#go")); if (why) refuse(why); else dialog.close(); };
+  $("form", dialog).onsubmit = async (event) => { event.preventDefault(); const why = await start({ command, values: clean() }, $("#go")); if (why) refuse(why); else dialog.close(); };
   dialog.showModal();
   update();
 }
@@ -322,7 +341,7 @@ function list() {
   for (const [id, item] of cardsShown) if (!keys.has(id)) { item.remove(); cardsShown.delete(id); }
   if (!box.firstElementChild?.matches(".run")) box.replaceChildren();
   jobs.forEach((each, place) => {
-    const mark = JSON.stringify([each.status, each.asked, each.seen, each.note]);
+    const mark = JSON.stringify([each.status, each.asked, each.seen, each.note, ago(each.started)]);
     let item = cardsShown.get(each.id);
     if (!item) { item = el("article", { className: "run" }); cardsShown.set(each.id, item); }
     if (box.children[place] !== item) box.insertBefore(item, box.children[place] || null);
@@ -333,7 +352,7 @@ function list() {
     const focus = document.activeElement?.closest(".run") === item ? document.activeElement.tagName : null;
     item.replaceChildren(
       each.runs.length ? el("input", { type: "checkbox", checked: checked.has(each.id), ariaLabel: `show ${named(each)} beside others`, onchange: (event) => { if (event.target.checked) checked.add(each.id); else checked.delete(each.id); beside(); } }) : el("span"),
-      el("div", { className: "grow" }, el("div", { className: "between" }, el("a", { href: `#job/${each.id}`, textContent: named(each) }), badge(each)),
+      el("div", { className: "grow" }, el("div", { className: "between" }, el("a", { href: linkTo(each.id), textContent: named(each) }), badge(each)),
         el("p", { className: "quiet", textContent: [each.kind, each.own ? ago(each.started) : `from a terminal, ${ago(each.started)}`, figures].filter(Boolean).join(" · ") }),
         each.status === "running" && total(each) ? el("progress", { max: total(each), value: done(each), ariaLabel: `step ${done(each)} of ${total(each)}` }) : null,
         each.note ? el("p", { className: each.status === "interrupted" ? "quiet" : "wrong", textContent: each.note }) : null));
@@ -348,7 +367,7 @@ async function beside(force = true) {
   const seen = JSON.stringify(shown.map((each) => [each.id, each.seen, each.status]));
   if (!force && seen === besideSeen) return;
   besideSeen = seen;
-  const found = await Promise.all(shown.map((each) => api(`jobs/${each.id}`)));
+  const found = await Promise.all(shown.map((each) => api(pathOf(each.id))));
   if (!box.firstChild) box.append(el("div", { className: "card" }, el("h2", { textContent: "Side by side" }), el("div", { className: "charts" }, el("figure", { id: "b-loss" }), el("figure", { id: "b-rate" })), el("div", { className: "wide" }, el("table"))));
   const lines = found.flatMap((each) => each.curves.map((curve) => ({ each, curve, name: [named(each), curve.name].filter(Boolean).join(" ") })));
   charts.draw($("#b-loss"), { title: "Loss", x: "step", clip: true, series: lines.flatMap(({ curve, name }, i) => [{ name, x: curve.step, y: curve.loss, colour: i }, { x: curve.evaluations.map((e) => e[0]), y: curve.evaluations.map((e) => e[1]), dots: true, colour: i }]), note: "lines: training; dots: evaluation" });
@@ -357,7 +376,7 @@ async function beside(force = true) {
   const differing = [...new Set(flags.flatMap(Object.keys))].filter((name) => name !== "output" && new Set(flags.map((each) => each[name])).size > 1);
   const line = (name, cells) => el("tr", {}, el("th", { scope: "row", textContent: name }), ...cells.map((text) => el("td", { textContent: text ?? "–" })));
   const last = (each, what) => each.runs.map((run) => (each.runs.length > 1 ? `${run.name} ` : "") + (run[what] === null ? "–" : what === "loss" || what === "evaluation" ? charts.short(run[what]) : whole(run[what]))).join(", ");
-  $("table", box).replaceChildren(el("thead", {}, el("tr", {}, el("td"), ...found.map((each) => el("th", { scope: "col" }, el("a", { href: `#job/${each.id}`, textContent: named(each) }))))),
+  $("table", box).replaceChildren(el("thead", {}, el("tr", {}, el("td"), ...found.map((each) => el("th", { scope: "col" }, el("a", { href: linkTo(each.id), textContent: named(each) }))))),
     el("tbody", {}, line("status", found.map((each) => STATUS[each.status])), line("step", found.map((each) => `${done(each)} of ${total(each)}`)), line("training loss", found.map((each) => last(each, "loss"))), line("evaluation loss", found.map((each) => last(each, "evaluation"))),
       line("tokens/s", found.map((each) => last(each, "tokens_per_s"))), line("peak memory", found.map((each) => (each.result?.memory ? gib(each.result.memory.measured_bytes) : each.memory.peak ? gib(each.memory.peak) : null))),
       ...differing.map((name) => line(`--${name}`, flags.map((each) => each[name])))));
@@ -369,8 +388,14 @@ async function showJob(id, fresh) {
   const box = $("#job");
   if (fresh) { job = null; box.replaceChildren(el("p", { className: "quiet", textContent: "…" })); }
   let found;
-  try { found = await api(`jobs/${encodeURIComponent(id)}`); } catch (error) { box.replaceChildren(el("h1", { textContent: id }), el("p", { className: "wrong", textContent: error.message })); return; }
-  if (location.hash !== `#job/${id}`) return;
+  let why = "";
+  try { found = await api(pathOf(id)); } catch (error) { why = error.message; }
+  if (place().name !== "job" || place().id !== id) return;
+  if (why) {
+    job = null; // what `fill` fills is gone
+    box.replaceChildren(el("h1", { textContent: id }), el("p", { className: "wrong", textContent: why }));
+    return;
+  }
   if (!job || job.id !== id) skeleton(box, found);
   job = found;
   fill(found);
@@ -385,7 +410,7 @@ function skeleton(box, found) {
 }
 function button(words, work, main) { return el("button", { type: "button", className: main ? "main" : "", textContent: words, onclick: (event) => work(event.target) }); }
 function same(box, mark, make) { if (box.dataset.mark !== mark) { box.dataset.mark = mark; box.replaceChildren(...make()); } }
-function act(what) { return async (pressed) => { pressed.disabled = true; try { await api(`jobs/${job.id}/${what}`, {}); await poll(); await showJob(job.id); } catch (error) { $("#j-note").replaceChildren(el("p", { className: "wrong", role: "alert", textContent: error.message })); pressed.disabled = false; } }; }
+function act(what) { return async (pressed) => { const { id } = job; pressed.disabled = true; try { await api(`${pathOf(id)}/${what}`, {}); await poll(); await showJob(id); } catch (error) { $("#j-note").replaceChildren(el("p", { className: "wrong", role: "alert", textContent: error.message })); pressed.disabled = false; } }; }
 function fill(found) {
   const mark = JSON.stringify([found.status, found.asked, found.address, found.report, found.products]);
   same($("#j-badge"), mark, () => [badge(found)]);
@@ -393,7 +418,7 @@ function fill(found) {
     const made = [];
     if (found.status === "running" && found.own) made.push(button(found.asked ? "Stop now" : "Stop", act("stop")));
     if (found.status !== "running" && found.status !== "ok" && found.own) made.push(button(found.kind === "train" || found.kind === "compare" ? "Resume" : "Run again", act("resume"), true));
-    if (found.report) made.push(el("a", { className: "button main", href: `/api/jobs/${found.id}/report`, target: "_blank", rel: "noopener", textContent: "Open the report" }));
+    if (found.report) made.push(el("a", { className: "button main", href: `/api/${pathOf(found.id)}/report`, target: "_blank", rel: "noopener", textContent: "Open the report" }));
     if (found.address) {
       const at = new URL(found.address);
       if (["0.0.0.0", "[::]"].includes(at.hostname)) at.hostname = location.hostname;
@@ -471,8 +496,7 @@ function result(found) {
 // ---- the whole
 
 function view() {
-  const [name, ...rest] = decodeURIComponent(location.hash.slice(1) || "new").split("/"), id = rest.join("/");
-  const shown = ["new", "runs", "job"].includes(name) ? name : "new";
+  const { name: shown, id } = place();
   for (const each of ["new", "runs", "job"]) $(`#${each}`).hidden = each !== shown;
   all("nav a").forEach((link) => { if (link.hash === `#${shown}`) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current"); });
   if (shown === "job") showJob(id, true);
@@ -486,6 +510,8 @@ async function once() {
   let found;
   try { found = await api("jobs"); silent = 0; } catch (error) { if (++silent > 1) banner(error.message); return; }
   jobs = found.jobs;
+  $("#older").hidden = !found.left_out;
+  $("#older").textContent = `${whole(found.left_out)} older ones are in the folder.`;
   banner(found.disk_free < 512e6 ? `The disk is almost full: ${(found.disk_free / 1e6).toFixed(0)} MB are free. Free some space, or runs cannot save; a run that stops for it can be resumed.` : "");
   const running = jobs.filter((each) => each.status === "running").length;
   $("#running").hidden = !running;
@@ -493,11 +519,11 @@ async function once() {
   $("#running").ariaLabel = `${running} running`;
   for (const each of jobs) if (before[each.id] && before[each.id] !== each.status) say(`${named(each)}: ${STATUS[each.status] || each.status}`);
   if (!$("#runs").hidden) { list(); beside(false); }
-  const now = job && jobs.find((each) => each.id === job.id);
-  if (!$("#job").hidden && now && (now.seen !== job.seen || now.status !== job.status || now.asked !== job.asked || (now.status === "running" && Date.now() - memorySeen > 1500))) { memorySeen = Date.now(); await showJob(job.id); }
+  const now = jobs.find((each) => each.id === place().id);
+  if (!$("#job").hidden && now && (!job || now.seen !== job.seen || now.status !== job.status || now.asked !== job.asked || (now.status === "running" && Date.now() - memorySeen > 1500))) { memorySeen = Date.now(); await showJob(now.id); }
 }
 function banner(text) { const box = $("#banner"); box.hidden = !text; if (box.textContent !== text) box.textContent = text; }
-async function loop() { await poll(); setTimeout(loop, document.hidden ? 3000 : 400); }
+async function loop() { try { await poll(); } finally { setTimeout(loop, document.hidden ? 3000 : 400); } }
 
 async function open() {
   form = await api("form");
@@ -511,6 +537,8 @@ async function open() {
   view();
   loop();
 }
+$("#cancel").onclick = () => $("#ask").close();
+$(".skip").onclick = (event) => { event.preventDefault(); $("#main").focus(); }; // its hash is none of the page's places
 $("#card").onchange = plan;
 $("#fits").ontoggle = cards;
 $("#look").onclick = look;
