@@ -2,8 +2,10 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
+from chromium import BINARY, Chromium
 
 from lownibble.cli.main import main
 from lownibble.errors import OutputError
@@ -58,6 +60,25 @@ def test_no_page_of_plans_that_are_traced(config, more, tmp_path, capsys):
     assert "fake tensors" not in said.err
     assert not said.out
     assert not (tmp_path / "plan.html").exists()
+
+
+def test_names_are_text_and_sliders_say_their_values(tmp_path, monkeypatch):
+    if BINARY is None:
+        pytest.skip("no chromium binary (Debian: apt-get install chromium)")
+    monkeypatch.setattr(page, "BATCHES", (4,))
+    monkeypatch.setattr(page, "LENGTHS", ())
+    name = "</script><!--<script>"
+    made = plan("demo", gpu="t4,rtx-4090", batch_size=2, max_length=192)
+    path = write_page(replace(made, shape=replace(made.shape, name=name)), tmp_path / "plan.html")
+    with Chromium(tmp_path / "chromium") as browser:
+        browser.open(path)
+        assert browser.value("document.querySelector('h1').textContent").startswith(name)
+        assert browser.value("document.querySelector('#batch').getAttribute('aria-valuetext')") == "2 rows"
+        browser.value("(e => { e.value = 1; e.dispatchEvent(new Event('input')); })(document.querySelector('#batch'))")
+        assert browser.value("document.querySelector('#batch').getAttribute('aria-valuetext')") == "4 rows"
+        assert browser.value("document.querySelector('#length').getAttribute('aria-valuetext')") == "192 tokens"
+        assert made.devices[0].title in browser.value("document.querySelector('#note').textContent")
+        assert browser.complaints() == []
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def write_page(plan: Plan, path: str | Path) -> Path:
     Raises:
         ConfigError: the plan's steps are traced. OutputError: it cannot be written.
     """
-    text = json.dumps(_data(plan)).replace("</", "<\\/")
+    text = json.dumps(_data(plan)).replace("<", "\\u003c")
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,8 @@ def _data(plan: Plan) -> dict[str, Any]:
         "title": f"{plan.shape.name}: what training takes", "methods": methods,
         "about": f"{plan.shape.parameters / 1e9:.2f}e9 parameters; optimiser {train.optim}, LoRA rank {config.lora.r}"
         f"{', packed' if train.packing else ''}. Bytes on the device at the worst instant of a step.",
-        "note": "A setting fits where the upper end of its interval does; 'may fit' where only the lower end does.",
+        "note": f"Bars are of {base.title}; other devices are counted with the same tensors and a context of their own. "
+        "A setting fits where the upper end of its interval does; 'may fit' where only the lower end does.",
         "batch": batches, "length": lengths, "context": base.context_bytes + base.workspace_bytes,
         "chosen": {"batch": train.batch_size, "length": train.max_length, "checkpointing": ways.index(how)},
         "checkpointing": [CHECKPOINTING_WORDS[way] for way in ways],
