@@ -368,6 +368,7 @@ async function beside(force = true) {
   if (!force && seen === besideSeen) return;
   besideSeen = seen;
   const found = await Promise.all(shown.map((each) => api(pathOf(each.id))));
+  if (seen !== besideSeen) return; // others were chosen since, or they went on
   if (!box.firstChild) box.append(el("div", { className: "card" }, el("h2", { textContent: "Side by side" }), el("div", { className: "charts" }, el("figure", { id: "b-loss" }), el("figure", { id: "b-rate" })), el("div", { className: "wide" }, el("table"))));
   const lines = found.flatMap((each) => each.curves.map((curve) => ({ each, curve, name: [named(each), curve.name].filter(Boolean).join(" ") })));
   charts.draw($("#b-loss"), { title: "Loss", x: "step", clip: true, series: lines.flatMap(({ curve, name }, i) => [{ name, x: curve.step, y: curve.loss, colour: i }, { x: curve.evaluations.map((e) => e[0]), y: curve.evaluations.map((e) => e[1]), dots: true, colour: i }]), note: "lines: training; dots: evaluation" });
