@@ -369,7 +369,7 @@ def _check_range(tensors: ModelTensors, key: str, tensor: Tensor, dtype: torch.d
     if dtype != torch.float16 or tensor.dtype not in (torch.bfloat16, torch.float32, torch.float64) or not tensor.numel():
         return
     largest = max(map(abs, map(float, tensor.aminmax())))
-    if math.isfinite(largest) and torch.tensor(largest).to(dtype).isinf():
+    if math.isfinite(largest) and torch.tensor(largest, dtype=torch.float64, device="cpu").to(dtype).isinf():
         raise ModelError(
             f"'{tensors.checkpoint.name}': tensor '{key}' has a value of {largest:g}, and float16 ends at "
             f"{torch.finfo(dtype).max:g}. Take --dtype bfloat16 (dtype='bfloat16'), or float32."
