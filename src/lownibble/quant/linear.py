@@ -165,8 +165,8 @@ def frozen_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, code_typ
     """
     N, K = weight.shape
     x_TK = x.reshape(-1, K)
-    without_gradient = not (torch.is_grad_enabled() and x.requires_grad) and unpack_dual(x).tangent is None
-    if without_gradient and _is_few(x_TK, weight):
+    has_gradient = (torch.is_grad_enabled() and x.requires_grad) or unpack_dual(x).tangent is not None
+    if not has_gradient and _is_few(x_TK, weight):
         y_TN = weight.matvec(x_TK)
     else:
         y_TN = _FrozenMatmul.apply(x_TK, weight, None if code_type is None else eightbit.shared_rows(x, code_type))
