@@ -3,9 +3,12 @@
 import pytest
 
 from lownibble.arch import read_shape
+from lownibble.errors import DataError
 from lownibble.planning.speed import flops_per_token, forward_flops_per_token
 from lownibble.study import durations
 from lownibble.study.durations import Durations, Kind, kind_of
+from lownibble.study.power import plan_study
+from lownibble.study.runner import run_study
 from lownibble.study.spec import cells, read_study, tuning_cells
 from lownibble.study.tasks import KINDS
 from lownibble.training import run
@@ -110,3 +113,14 @@ def test_a_gpu_that_is_not_in_the_table_has_no_estimate(timed, monkeypatch):
     assert of.seconds(next(iter(timed))) is None
     of.__dict__["_device"], of._estimates = ("cuda", 1e30), {}
     assert of.seconds(Kind("m", "reviews", "lora", False)) == durations.START_S + 5 * 2 * durations.STEP_S_OF_LAYER["cuda"]
+
+
+def test_rows_that_cannot_be_encoded_are_told_before_anything_runs(timed, tmp_path):
+    study, output = tmp_path / "study.toml", tmp_path / "output"
+    study.write_text(study.read_text().replace('/questions"', '/questions", overlength = "error" }').replace(
+        '"question-answering", data = ', '"question-answering", train = { max_length = 8 }, data = { path = '
+    ))  # fmt: skip
+    for act in (plan_study, run_study):
+        with pytest.raises(DataError, match="it has 14 tokens, and max_length is 8"):
+            act(study, output)
+    assert not list(output.rglob("*.json"))

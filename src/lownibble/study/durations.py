@@ -20,7 +20,7 @@ from typing import NamedTuple
 from lownibble.arch import is_known, read_shape
 from lownibble.config import NEXT_TOKEN
 from lownibble.data import Example, collate, encode
-from lownibble.errors import InputError
+from lownibble.errors import DataError, InputError
 from lownibble.memory.planned import device_of
 from lownibble.models import load_tokenizer, pick_device, resolve
 from lownibble.planning import calibration, hardware
@@ -84,7 +84,11 @@ class Durations:
         self.known.setdefault(kind, []).append(seconds)
 
     def seconds(self, kind: Kind) -> float | None:
-        """What a cell of this kind will take; None: nothing is known."""
+        """What a cell of this kind will take; None: nothing is known.
+
+        Raises:
+            DataError: its rows cannot be encoded, so all cells of its kind would fail.
+        """
         if own := self.known.get(kind):
             return statistics.fmean(own)
         estimate = self._estimate(kind)
@@ -120,6 +124,8 @@ class Durations:
             cell = self._cells.get(kind)
             try:
                 self._estimates[kind] = self._of_cell(cell) if cell is not None and self._here else None
+            except DataError:
+                raise
             except InputError:
                 self._estimates[kind] = None
         return self._estimates[kind]
