@@ -821,9 +821,9 @@ def quality_summary() -> str:
     return "\n".join(lines) + f"\n\n{facts}\n\n{source}"
 
 
-def two_cores() -> str:
-    """The study that two cores can decide: each planned comparison, task by task."""
-    summary = json.loads((ROOT / "studies" / "two-cores" / "summary.json").read_text())
+def planned(study: str) -> str:
+    """Each planned comparison of a study by the loss, task by task."""
+    summary = json.loads((ROOT / "studies" / study / "summary.json").read_text())
     lines = [
         "| task | A | B | loss A | loss B | A - B (95% interval) | shown | steps to a common loss, A / B | peak memory, A / B |",
         "| --- | --- | --- | ---: | ---: | ---: | --- | ---: | ---: |",
@@ -843,7 +843,7 @@ def two_cores() -> str:
     told = f"Learning rates{' (* at the edge of the grid)' * ('*' in str(rates))}: {'; '.join(rates)}."
     ended = (
         f"({counts['finished']} runs, {counts['stopped']} not needed; {seeds} of {len(summary['seeds'])} seeds; "
-        "`studies/two-cores/summary.json`)"
+        f"`studies/{study}/summary.json`)"
     )
     return "\n".join(lines) + f"\n\n{told}\n\n{ended}"
 
@@ -962,7 +962,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "compare": compare,
     "compare-seeds": compare_seeds,
     "study": study,
-    "two-cores": two_cores,
+    "two-cores": partial(planned, "two-cores"),
+    "gemma": partial(planned, "gemma"),
     "train": train,
     "train-real": train_real,
     "decode": decode,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,6 +184,16 @@ def test_a_process_of_a_torch_with_cuda_holds_its_libraries(monkeypatch):
     for has, expected in ((False, hardware.PROCESS), (True, hardware.PROCESS_WITH_CUDA)):
         monkeypatch.setattr(hardware, "_has_cuda_libraries", lambda has=has: has)
         assert hardware.this_machine().process_bytes == expected
+
+
+def test_a_process_holds_its_tokenizer():
+    """Gemma's takes 268 MiB and the embedded model's 18, which is nothing on a card."""
+    small, large = (replace(plan_of(), vocab=n, on_device=hardware.this_machine()) for n in (49152, 262144))
+    more = [b - a for a, b in zip(small.device, large.device, strict=True)]
+    assert 0 < more[0] < more[1] < (268 - 18 - 3) * 2**20 < more[2] < (268 - 18 + 3) * 2**20
+    assert replace(small, vocab=1000).device == small.device
+    on_card = replace(large, on_device=hardware.device("rtx-4090"))
+    assert on_card.device == replace(on_card, vocab=0).device
 
 
 def test_planning_does_not_import_torch():

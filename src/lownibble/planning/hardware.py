@@ -30,6 +30,11 @@ with bounds that contain all of its settings. Allocations and frees of a microba
 PROCESS_WITH_CUDA = (810 << 20, 910 << 20, 1120 << 20)
 """The intercept where torch is built with CUDA, though there is no GPU: with its libraries, by a run of the embedded model each
 on torch 2.11 and 2.15 beside 2.13 without them."""
+TOKENIZER = (360, 750, 1220)
+"""Low, likely, high bytes of a tokenizer for each entry of its vocabulary beyond `VOCAB`, the embedded model's, which PROCESS
+contains: by hand, that of DeepSeek-V3 takes 46 MiB, the embedded model's 18; Gemma 3's of 262,144 entries, whose class in
+transformers keeps vocabulary and merges a second time, 268."""
+VOCAB = 49152
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,8 @@ class Device:
         allocated_error: shares by which allocated memory may be below and above the plan.
         reserved_error: share by which reserved memory may exceed the simulation; contains most published figures
             (`bench published`).
-        process_bytes: memory of a CPU process besides tensors (low, likely, high). heap_share: share of all bytes allocated in a
-            microbatch that the C heap holds on top, as fragments that fit no tensor.
+        process_bytes: memory of a CPU process besides tensors, its tokenizer of `VOCAB` entries included (low, likely, high).
+        heap_share: share of all bytes allocated in a microbatch that the C heap holds on top, as fragments that fit no tensor.
         sources: figure -> its source.
     """
 

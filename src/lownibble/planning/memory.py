@@ -40,7 +40,7 @@ from lownibble.planning.allocator import reserved_bytes
 from lownibble.planning.calibrated import Rows, run_calibration
 from lownibble.planning.exchange import BUFFER_BYTES, CutError, Exchange, cuts_a_block, not_on_shards
 from lownibble.planning.experts import goes_by_expert
-from lownibble.planning.hardware import Device
+from lownibble.planning.hardware import TOKENIZER, VOCAB, Device
 from lownibble.planning.linear import Method, Runtime, chunk_bytes
 from lownibble.planning.step import Batch, run_step
 from lownibble.planning.tape import BFLOAT16, FLOAT32, Tape
@@ -101,6 +101,7 @@ class MemoryPlan:
         host_kinds: bytes of those shards, gradients and states by kind, as they are; empty if they are on the device.
         compiled: whether the step is one of compiled decoder layers.
         exchange: what ranks exchange, of a plan of one of several.
+        vocab: entries of the vocabulary; a tokenizer of 250,000 takes as much memory as a small model.
     """
 
     kinds: dict[str, int]
@@ -116,6 +117,7 @@ class MemoryPlan:
     adapters_per_token: int = 0
     exchange: Exchange | None = None
     host_kinds: Mapping[str, int] = field(default_factory=dict)
+    vocab: int = 0
 
     def on(self, device: Device) -> MemoryPlan:
         """The same plan on another device with an equal `Device.alike`."""
@@ -150,8 +152,9 @@ class MemoryPlan:
         device, reserved = self.on_device, self.reserved
         if reserved is not None:
             return Interval(*(each + device.context_bytes + device.workspace_bytes for each in reserved))
-        parts = zip(device.process_bytes, device.heap_share, self.allocated, strict=True)
-        return Interval(*(int(own + share * self.pass_bytes + each) for own, share, each in parts))
+        entries = max(0, self.vocab - VOCAB)
+        parts = zip(device.process_bytes, TOKENIZER, device.heap_share, self.allocated, strict=True)
+        return Interval(*(int(own + entry * entries + share * self.pass_bytes + each) for own, entry, share, each in parts))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -448,5 +451,5 @@ def _read(tape: Tape, passes: int, shape: ModelShape, device: Device, n_trained:
     of_passes = sum(n for _, n in tape.events[tape.marks[0][1] : tape.marks[-1][1]] if n > 0) // passes
     return MemoryPlan(
         kinds, instants, worst, simulated, of_passes, shape.parameters, n_trained, device, tape.host_bytes, tape.compiled,
-        exchange=tape.exchange, host_kinds=tape.host_kinds,
+        exchange=tape.exchange, host_kinds=tape.host_kinds, vocab=shape.vocab,
     )  # fmt: skip
