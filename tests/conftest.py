@@ -168,12 +168,18 @@ def forked(monkeypatch):
 
 
 @pytest.fixture
-def tiny():
-    """The builder `tiny_model`. One thread: on tiny tensors more of them only wait for each other."""
+def one_thread():
+    """On tiny tensors more threads only wait for each other, and each has scratch of its own."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield tiny_model
+    yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny(one_thread):
+    """The builder `tiny_model`."""
+    return tiny_model
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ def merge_aware_model(config, quant, lora, dtype):
 
 
 @needs_kernel
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("name", "checkpointing", "dtype"), pairwise(list(QUANT), [False, True], [torch.float32, torch.bfloat16]), ids=str
 )
