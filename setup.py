@@ -22,6 +22,8 @@ from setuptools.errors import BaseError, CCompilerError
 KERNELS = Path("src/lownibble/kernels")
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 OPENMP_FLAGS = [] if sys.platform == "darwin" else ["-fopenmp"]
+if sys.platform == "darwin":  # python.org's Python asks for both architectures, of which the flags below fit one
+    os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {
     "isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"] if X86 else [],

@@ -1,6 +1,7 @@
 """Options: each leaf arrives through Python, TOML and flags; bad ones are named. Oracle: the definitions in config/."""
 
 import argparse
+import re
 
 import pytest
 
@@ -169,6 +170,9 @@ def test_each_leaf_arrives_by_python_toml_and_flag(config, path, field, tmp_path
         (["--target-modules", ".*q_proj"], ".*q_proj"),
         (["--target-modules", "all-linear"], "all-linear"),
         (["--target-modules", '["q_proj", "v_proj"]'], ["q_proj", "v_proj"]),
+        (["--target-modules", r"model\.layers\.\d{1,2}\.self_attn\.q_proj"], r"model\.layers\.\d{1,2}\.self_attn\.q_proj"),
+        (["--target-modules", "[qk]_proj|x"], "[qk]_proj|x"),
+        (["--target-modules", r".*\d{1,2}\.q_proj", "v_proj,o_proj"], [r".*\d{1,2}\.q_proj", "v_proj", "o_proj"]),
     ],
 )
 def test_lists_take_several_words_and_one_word_is_a_name(given, expected):
@@ -192,6 +196,58 @@ def test_a_switch_with_a_word_is_a_switch_without_it(given, expected, tmp_path):
     parser = argparse.ArgumentParser()
     add_flags(parser, RunConfig)
     assert read(parser.parse_args(given), RunConfig, str(file)).train.gradient_checkpointing is expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["7", "8"], [7, 8]), (["7,8"], [7, 8]), (["7,8", "9"], [7, 8, 9]), (["Hello, world"], "Hello, world"),
+        (["[INST] now"], "[INST] now"), (["Hello,", "you"], "Hello, you"),
+        ([r"<|im_start|>assistant\n"], "<|im_start|>assistant\n"), (["[1, 2]"], [1, 2]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_invocation_tokens_are_ids_or_the_text_as_it_is(given, expected):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, RunConfig)
+    found = read(parser.parse_args(["--alora-invocation-tokens", *given]), RunConfig)
+    assert found.lora.alora_invocation_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(r"Q: {q}\nA:", "Q: {q}\nA:"), (r"a\tb\\nc", "a\tb\\nc"), (r"\frac{q}\\", "\\frac{q}\\"), ("a\nb", "a\nb")],
+)
+def test_a_template_has_new_lines_as_a_toml_file_has_them(given, expected, tmp_path):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, RunConfig)
+    assert read(parser.parse_args(["--prompt-template", given]), RunConfig).data.prompt_template == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_steps": True}, "'max_steps' of TrainConfig must be an integer >= 1 or none. Got True"),
+        ({"learning_rate": True}, "must be a number > 0. Got True"), ({"packing": "yes"}, "must be true or false. Got 'yes'"),
+        ({"max_length": "8"}, "must be an integer >= 2. Got '8'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_looks_like_another_type_is_refused(values, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        TrainConfig(**values)
+
+
+def test_a_file_can_say_none():
+    assert TrainConfig(max_grad_norm="none").max_grad_norm is None
+    with pytest.raises(ConfigError, match=r"must be an integer >= 1. Got 'none'"):
+        TrainConfig(batch_size="none")
+
+
+def test_a_group_that_is_no_table_is_told():
+    for value in (5, [{"r": 3}]):
+        with pytest.raises(ConfigError, match="'lora' of RunConfig must be"):
+            build(RunConfig, {"lora": value}, {"lora": {"r": 4}})
 
 
 def test_another_word_is_refused(capsys):

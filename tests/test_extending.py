@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,21 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("1 / 0")
     with pytest.raises(ConfigError, match=r"broken\.py' \(LOWNIBBLE_PLUGINS\) cannot be imported: ZeroDivisionError"):
         registry.load_plugins(str(tmp_path / "broken.py"))
+
+
+def test_plug_ins_of_one_name_are_both_loaded(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "same.py").write_text(f"import sys\nsys.modules['seen_{name}'] = sys")
+    registry.load_plugins(f"{tmp_path / 'a' / 'same.py'},{tmp_path / 'b' / 'same.py'}")
+    assert sys.modules.pop("seen_a") is sys.modules.pop("seen_b") is sys
+
+
+def test_an_installed_plug_in_that_does_not_import_is_named(monkeypatch):
+    broken = EntryPoint("mine", "no_such_module_of_mine", "lownibble")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
+    with pytest.raises(ConfigError, match=r"'mine' .*cannot be imported: ModuleNotFoundError"):
+        registry.load_plugins.__wrapped__("")
 
 
 def test_a_codec_that_lacks_something_is_named():

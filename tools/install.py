@@ -3,7 +3,8 @@ Needs Python alone. Versions are those of constraints.txt; with --lowest the low
 tests' own tools; with --newest whatever pip finds. setuptools and triton are then those that torch wants.
 
 torch is installed first and by itself: from whatever index pip is set up for if that offers the pinned version as a CPU build,
-else from PyTorch's CPU index, else plain. Otherwise a machine without a GPU would fetch gigabytes of CUDA libraries.
+else from PyTorch's CPU index, else plain. Otherwise a machine without a GPU would fetch gigabytes of CUDA libraries. It is
+installed again where the pin has moved; --newest asks for a newer one each time.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ def main(folder: str, *flags: str) -> int:
         return 2
     target = Path(folder)
     python = target / "bin" / "python"
-    if not python.exists():
+    if not _runs(python, "-c", ""):  # not there, or of a Python that was removed from the system
         print(f"creating {folder}", file=sys.stderr)
-        venv.create(target, with_pip=True, symlinks=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+        venv.create(target, with_pip=True, symlinks=True, clear=(target / "pyvenv.cfg").exists())
+    elif not _runs(python, "-m", "pip", "--version"):  # creating it was interrupted
+        subprocess.call([str(python), "-m", "ensurepip", "--upgrade"])
+    newer = ["--upgrade"] * ("--newest" in flags)
+    pip = [str(python), "-m", "pip", "install", *newer, "--quiet", "--disable-pip-version-check", "--no-compile"]
     constraints, allowed = target / "constraints.txt", versions(flags)
     constraints.write_text("\n".join(f"{name}{version}" for name, version in allowed.items()))
     wanted = f"torch{allowed.get('torch', '')}"
-    if subprocess.call([str(python), "-c", "import torch"], stderr=subprocess.DEVNULL) != 0:
+    if "--newest" in flags or not _fits(_version_of_torch(python), allowed.get("torch", "")):
         print("installing torch", file=sys.stderr)
         ways = [[wanted]] if shutil.which("nvidia-smi") else [[wanted, "--index-url", CPU_INDEX], [wanted]]
         if _pip_has_local_torch(python, wanted):
@@ -46,6 +50,25 @@ def main(folder: str, *flags: str) -> int:
     print("installing lownibble", file=sys.stderr)
     extra = "[dev]" if "--dev" in flags else ""
     return subprocess.call([*pip, "--constraint", str(constraints), "--editable", f"{ROOT}{extra}"])
+
+
+def _runs(python: Path, *arguments: str) -> bool:
+    try:
+        return subprocess.run([str(python), *arguments], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def _version_of_torch(python: Path) -> str:
+    """'2.13.0', or '' where torch cannot be imported."""
+    asked = [str(python), "-c", "import torch; print(torch.__version__.partition('+')[0])"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _fits(version: str, allowed: str) -> bool:
+    """Whether a version is there and the one that is allowed: '==2.13.0', '==2.11.*', or '' for any."""
+    wanted = allowed.removeprefix("==").removesuffix("*")
+    return bool(version) and (version == wanted or not wanted or (wanted.endswith(".") and version.startswith(wanted)))
 
 
 def versions(flags: tuple[str, ...]) -> dict[str, str]:

@@ -2,22 +2,25 @@
 
 An omitted flag is absent from the parsed arguments, so that it does not override the TOML file. Values are converted by
 their option's type (TOML for lists and tables) and validated only by the configuration classes.
+
+A shell hands on `\\n` as two characters, so in options that are texts for a model (`escapes` in their field) `\\n`, `\\t` and
+`\\\\` are a new line, a tab and a backslash, as in a TOML file.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import tomllib
 from contextlib import suppress
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from lownibble.errors import ConfigError
 from lownibble.leaves import GROUPS, build, flag_name, leaves
-from lownibble.options import Options, read_toml
+from lownibble.options import Options, kinds_of, members_of, read_toml
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type[Options], positional: tuple[str, ...] = ()) -> None:
@@ -46,9 +49,11 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Options], positional
             target.add_argument(name, dest=dest, default=argparse.SUPPRESS, help=text, metavar=_metavar(field))
 
 
-def read(arguments: argparse.Namespace, config: type[Options], toml: str | None = None) -> Any:
+def read(arguments: argparse.Namespace, config: type[Options], toml: str | None = None, of: type[Options] | None = None) -> Any:
     """Build the configuration from defaults, a TOML file (if given) and the flags; later sources take precedence.
 
+    Args:
+        of: whose file it may be as well: what only that one has is left out.
     Raises:
         ConfigError: an unknown key or an invalid value in the TOML file or the flags.
     """
@@ -61,7 +66,8 @@ def read(arguments: argparse.Namespace, config: type[Options], toml: str | None 
                 given.setdefault(path[0], {})[path[1]] = value
             else:
                 given[path[0]] = value
-    return build(config, read_toml(toml) if toml else {}, given)
+    unused = set() if of is None else of.model_fields.keys() - config.model_fields.keys()
+    return build(config, {key: value for key, value in (read_toml(toml) if toml else {}).items() if key not in unused}, given)
 
 
 class _Words(argparse.Action):
@@ -95,16 +101,6 @@ def _is_bool(field: FieldInfo) -> bool:
     return field.annotation is bool
 
 
-def kinds_of(field: FieldInfo) -> set[Any]:
-    """The types an option accepts: members of a union, and the types of its literal choices."""
-    union = get_origin(field.annotation) in (Union, UnionType)
-    members = [
-        get_args(m)[0] if get_origin(m) is Annotated else m for m in (get_args(field.annotation) if union else [field.annotation])
-    ]
-    literal = {type(c) for m in members if get_origin(m) is Literal for c in get_args(m)}
-    return literal | {get_origin(m) or m for m in members if get_origin(m) is not Literal}
-
-
 def _words(field: FieldInfo) -> list[str]:
     """The literal choices of a union."""
     return [c for m in get_args(field.annotation) if get_origin(m) is Literal for c in get_args(m)]
@@ -115,12 +111,39 @@ def _metavar(field: FieldInfo) -> str:
     return next((word for kind, word in ((int, "N"), (float, "X"), (list, "LIST"), (dict, "TABLE")) if kind in kinds), "VALUE")
 
 
+def _has_numbers(field: FieldInfo) -> bool:
+    """Whether an option's list is one of integers."""
+    lists = (member for member in members_of(field) if get_origin(member) is list)
+    return any((get_args(item)[0] if get_origin(item) is Annotated else item) is int for of in lists for item in get_args(of))
+
+
+def _parts(text: str, field: FieldInfo) -> list[str] | None:
+    """The parts of a comma-separated list; None where an option may also be a text, and the parts are no names (or numbers, in a
+    list of them): then it is one, such as a regular expression."""
+    parts = [part for part in text.split(",") if part]
+    plain = r"\d+" if _has_numbers(field) else r"[\w.]+"
+    return parts if str not in kinds_of(field) or all(re.fullmatch(plain, part) for part in parts) else None
+
+
+_ESCAPED = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
+
+
+def _text(text: str, field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    if not (isinstance(extra, dict) and extra.get("escapes")):
+        return text
+    return re.sub(r"\\[nt\\]", lambda found: _ESCAPED[found[0]], text)
+
+
 def _parse(value: Any, field: FieldInfo, flag: str) -> Any:
-    """Convert a flag's text: 'none' where None is allowed, booleans, numbers, TOML or comma-separated lists, TOML tables."""
+    """Convert a flag's text: 'none' where None is allowed, booleans, numbers, TOML or comma-separated lists, tables, texts."""
     if isinstance(value, list):
         if len(value) == 1:
             return _parse(value[0], field, flag)
-        return [item for word in value for item in word.split(",") if item]
+        found = [(word, _parts(word, field)) for word in value]
+        if _has_numbers(field) and any(parts is None for _, parts in found):
+            return _text(" ".join(value), field)
+        return [part for word, parts in found for part in ([word] if parts is None else parts)]
     if not isinstance(value, str):
         return value
     kinds = kinds_of(field)
@@ -132,10 +155,11 @@ def _parse(value: Any, field: FieldInfo, flag: str) -> Any:
         try:
             return tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            raise ConfigError(f'--{flag} takes a TOML value such as {{q_proj = 8}} or ["a", "b"]. Got {value!r}.') from None
+            if str not in kinds:
+                raise ConfigError(f'--{flag} takes a TOML value such as {{q_proj = 8}} or ["a", "b"]. Got {value!r}.') from None
     if kinds & {int, float} and str not in kinds:
         with suppress(ValueError):
             return int(value) if value.lstrip("-").isdecimal() else float(value)
-    if list in kinds and (str not in kinds or "," in value or value == ""):
-        return [item for item in value.split(",") if item]
-    return value
+    if list in kinds and (str not in kinds or "," in value or value == "") and (parts := _parts(value, field)) is not None:
+        return parts
+    return _text(value, field)

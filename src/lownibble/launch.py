@@ -24,6 +24,11 @@ def is_several() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
+def world() -> int:
+    """The number of processes. A cluster's pods may be told that they are one of one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def rank() -> int:
     """This process's number."""
     return int(os.environ.get("RANK", "0"))

@@ -104,8 +104,10 @@ def build(config: type[Options], *layers: dict[str, Any]) -> Any:
         for key, value in layer.items():
             if key == "data" and isinstance(value, str):
                 value = {"path": value}
-            if key in GROUPS and isinstance(value, dict):
+            if key in GROUPS and isinstance(value, dict) and isinstance(merged.get(key, {}), dict):
                 merged[key] = {**merged.get(key, {}), **value}
+            elif key in GROUPS and key in merged and not isinstance(merged[key], dict):
+                continue  # no table, though it must be one: told by the validation
             else:
                 merged[key] = value
     for key in GROUPS:

@@ -44,8 +44,9 @@ def listen(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
             stack.pop_all()
-    except OSError as error:
-        raise ConfigError(f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --host or --port.") from None
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"Cannot listen on {host}:{port}: {why}. Choose another --host or --port.") from None
     return listener
 
 

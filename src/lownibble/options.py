@@ -9,13 +9,15 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, WithJsonSchema, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, core_schema
 
 from lownibble.errors import ConfigError
@@ -40,6 +42,21 @@ class Known:
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
         return {**handler(schema), "enum": list(self.names)}
+
+
+def members_of(field: FieldInfo) -> list[Any]:
+    """The members of an option's union, without their bounds."""
+    union = get_origin(field.annotation) in (Union, UnionType)
+    return [
+        get_args(m)[0] if get_origin(m) is Annotated else m for m in (get_args(field.annotation) if union else [field.annotation])
+    ]
+
+
+def kinds_of(field: FieldInfo) -> set[Any]:
+    """The types an option accepts: members of a union, and the types of its literal choices."""
+    members = members_of(field)
+    literal = {type(c) for m in members if get_origin(m) is Literal for c in get_args(m)}
+    return literal | {get_origin(m) or m for m in members if get_origin(m) is not Literal}
 
 
 def _expectation(annotation: Any, metadata: tuple[Any, ...]) -> str:
@@ -88,7 +105,7 @@ def _problem(owner: type[Options], error: ErrorDetails) -> str:
     return f"The '{key}' of {owner.__name__} must be {expected}. Got {error['input']!r}."
 
 
-_SIZE = r"\s*(\d+(?:\.\d+)?)\s*([kmgKMG][iI]?|)[bB]\s*"
+_SIZE = r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([kmgKMG][iI]?|)[bB]\s*"
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -125,6 +142,24 @@ class Options(BaseModel):
         except ValidationError as error:
             lines = dict.fromkeys(_problem(type(self), detail) for detail in error.errors())
             raise ConfigError("\n".join(lines)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _are_what_they_look_like(cls, values: Any) -> Any:
+        """pydantic would take true for 1, '8' for 8 and 'yes' for true; 'none' is how a file says that there is none."""
+        if not isinstance(values, Mapping):
+            return values
+        taken = dict(values)
+        for name, value in values.items():
+            field = cls.model_fields.get(name)
+            kinds = set() if field is None else kinds_of(field)
+            if value == "none" and NoneType in kinds and str not in kinds:
+                taken[name] = None
+            elif isinstance(value, (bool, str)) and type(value) not in kinds and kinds <= {int, float, bool, NoneType} and kinds:
+                assert field is not None
+                expected = _expectation(field.annotation, tuple(field.metadata))
+                raise ConfigError(f"The '{name}' of {cls.__name__} must be {expected}. Got {value!r}.")
+        return taken
 
     def with_options(self, **changes: Any) -> Any:
         """A copy with top-level options replaced, validated again."""

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import psutil
 import torch
 
+from lownibble.errors import OutputError
 from lownibble.kernels import ops, proven
 from lownibble.waiting import GIVEN
 
@@ -75,6 +77,23 @@ def new(kind: str) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": ["lownibble" if program in ("main.py", "__main__.py", "lownibble") else program, *sys.argv[1:]],
     }
+
+
+def check(path: str | Path) -> None:
+    """Check before hours of measuring that a record can be written.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"'{path}' is a folder. Give the name of a .json file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"Cannot write '{path}': {error.strerror}. Choose another --output.") from None
 
 
 def write(path: str | Path, record: dict[str, Any]) -> Path:

@@ -16,11 +16,13 @@ example of each.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -82,20 +84,27 @@ def load_plugins(named: str) -> None:
         ConfigError: one cannot be imported; says why.
     """
     for name in filter(None, (part.strip() for part in named.split(","))):
-        try:
+        with _told(f"'{name}' ({PLUGINS})"):
             _import_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"The plug-in '{name}' ({PLUGINS}) cannot be imported: {type(error).__name__}: {error}.") from error
     for point in entry_points(group="lownibble"):
-        point.load()
+        with _told(f"'{point.name}' of the installed package '{point.dist.name if point.dist else point.value}'"):
+            point.load()
+
+
+@contextmanager
+def _told(which: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"The plug-in {which} cannot be imported: {type(error).__name__}: {error}.") from error
 
 
 def _import_file(path: Path) -> None:
     if not path.is_file():
         raise ConfigError(f"The plug-in '{path}' ({PLUGINS}) is not there. Check the path.")
-    name = f"lownibble_plugin_{path.stem}"
+    name = f"lownibble_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lownibble
+from lownibble.cli import commands
 from lownibble.cli.main import main
 
 TEMPLATES = ["--prompt-template", "review : {text} sentiment :", "--completion-template", " {label}"]
@@ -238,3 +239,71 @@ def test_a_dry_run_is_of_one_process(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     assert main(["train", "--dry-run", "--parallel", "fsdp"]) == 2
     assert "A dry run is of one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "taken"),
+    [
+        (["serve", "--skip-modules", "lm_head", "MODEL"], "MODEL"),
+        (["quantize", "--output", "o", "--skip-modules", "lm_head", "me/model"], "me/model"),
+        (["plan", "--target-modules", "q_proj", "llama-3-8b"], "llama-3-8b"),
+        (["train", "--target-modules", "q_proj", "run.toml"], "run.toml"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else None,
+)
+def test_a_list_does_not_take_the_model(words, taken, tiny_model, capsys):
+    words = [str(tiny_model) if word == "MODEL" else word for word in words]
+    code, _, told = here(capsys, *words)
+    assert code == 2
+    assert f"'{words[-1]}' follows" in told
+    assert f"lownibble {words[0]} {words[-1]} ..." in told
+
+
+def test_data_is_given_once(tiny_data, capsys):
+    code, _, told = here(capsys, "data", tiny_data, "--data", "demo")
+    assert (code, "give the data once" in told) == (2, True)
+
+
+def test_a_record_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "run_bench", lambda *_, **__: pytest.fail("it was measured"))
+    (tmp_path / "file").touch()
+    for output in (tmp_path, tmp_path / "file" / "record.json"):
+        code, _, told = here(capsys, "bench", "published", "--output", output)
+        assert code == 2, told
+        assert str(output) in told
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_nobody_reads_on():
+    """The command ends as it would have, and without a traceback."""
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m lownibble.cli.main plan llama-3-8b --gpu rtx-4090 | true; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_a_terminal_that_is_not_in_utf_8(tmp_path):
+    assert lownibble_("plan", "llama-3-8b", env={"PYTHONIOENCODING": "latin-1"})[0] == 0
+
+
+def test_a_terminated_command_says_so_in_json():
+    code = "import os, signal, lownibble.cli.main as cli; cli.commands.doctor = lambda _: os.kill(os.getpid(), signal.SIGTERM); "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "raise SystemExit(cli.main(['doctor', '--json']))"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 128 + 15
+    assert json.loads(done.stdout) == {"status": "interrupted", "error": "Interrupted."}
+
+
+def test_a_plan_takes_the_file_of_a_run(tmp_path, capsys, monkeypatch):
+    """Also where a cluster says that this is process one of one."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    file = tmp_path / "run.toml"
+    file.write_text('model = "llama-3-8b"\ndevice = "cpu"\nmethod = "qlora"\n')
+    assert here(capsys, "plan", "--config", file, "--gpu", "rtx-4090")[0] == 0
+    file.write_text('devic = "cpu"\n')
+    assert "has no option 'devic'" in here(capsys, "plan", "--config", file)[2]

@@ -221,7 +221,7 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     """Plan a run, and show what fits."""
-    config: PlanConfig = read(arguments, PlanConfig, arguments.config)
+    config: PlanConfig = read(arguments, PlanConfig, arguments.config, of=RunConfig)
     if arguments.html and config.gpus:
         raise ConfigError("The page of --html is of one GPU. Leave it out, or --gpus.")
     from lownibble.planning.page import TRACED, write_page
@@ -288,6 +288,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 def data(arguments: argparse.Namespace) -> dict[str, Any]:
     """Show rows as the model will see them."""
     if hasattr(arguments, "data"):
+        if hasattr(arguments, "data.path"):
+            raise ConfigError(f"'{arguments.data}' and --data {getattr(arguments, 'data.path')}: give the data once.")
         setattr(arguments, "data.path", arguments.data)
     config: RowsConfig = read(arguments, RowsConfig)
     from lownibble.data.inspect import SHORT_RUN, inspect
@@ -333,13 +335,13 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         environment = record.environment(pick_device())
         return {**record.new(f"bench-{arguments.what}"), "status": status, "environment": environment, **measured}
 
+    if file and arguments.what != "gpu":
+        record.check(file)
     if arguments.what == "gpu" and file:  # a folder: each part has its record
         options["output"], file = file, None
     if arguments.what in SAVES and file:
         options["save"] = lambda measured: record.write(file, whole(measured, "partial"))
     result = whole(run_bench(arguments.what, peers=arguments.peers, **options), "ok")
-    if file:
-        record.write(file, result)
     console = console_of(arguments)
     table = Table(title=f"bench {arguments.what}", title_justify="left")
     table.add_column("figure")
@@ -347,4 +349,6 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, value in result["headlines"].items():
         table.add_row(name, f"{value:,.3g}" if isinstance(value, float) else str(value))
     console.print(table)
+    if file:
+        record.write(file, result)
     return result

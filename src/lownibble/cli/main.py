@@ -13,6 +13,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from lownibble import __version__, launch
@@ -38,6 +40,12 @@ _MODELS = "'demo', a bundled model (llama-3-8b, qwen2.5-7b, ...), a config.json,
 
 
 _GPUS = "GPUs that a run is trained on, one process each; processes where there are no GPUs"
+
+
+MAY_LACK = {"train": "config", "compare": "config", "data": "data"} | dict.fromkeys(
+    ("plan", "eval", "quantize", "serve"), "model"
+)
+"""Command -> the word without a flag that may be left out."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -209,20 +217,62 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_lists(arguments: argparse.Namespace, positional: str) -> None:
+    """Check that no list flag, which takes all words up to the next one, has taken the word that was meant for `positional`: a
+    model, data, or the 'config' file.
+
+    Raises:
+        ConfigError: one has, as far as can be told: `positional` is not given, and the last of several words could be it.
+    """
+    if getattr(arguments, positional, None) is not None:
+        return
+    for dest, words in vars(arguments).items():
+        if isinstance(words, list) and len(words) > 1 and _could_be(positional, words[-1]):
+            name = dest.rpartition(".")[2]
+            raise ConfigError(
+                f"'{words[-1]}' follows {name}, and is read as one of them. Put it first: lownibble {arguments.command} "
+                f"{words[-1]} ...; if it is one of them, separate them by commas: {','.join(words)}"
+            )
+
+
+def _could_be(positional: str, word: str) -> bool:
+    """Whether a word names a TOML file; or, of a model or data, a file, a folder, a hub id or a bundled model."""
+    if positional == "config":
+        return word.endswith(".toml")
+    from lownibble.planning.models import names
+
+    return word in ("demo", *names()) or "/" in word or Path(word).exists()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit code."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, AttributeError):  # not all that stands in for a stream can
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # names, or a terminal, not in UTF-8
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         return _main(argv)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
+def _terminated(*_: Any) -> None:
+    raise TerminatedError
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM; ends a command as Ctrl-C does."""
+
+    signal = signal.SIGTERM
+
+
 def _main(argv: list[str] | None) -> int:
     as_json = "--json" in (sys.argv[1:] if argv is None else argv)
     try:
         arguments = _parser().parse_args(argv)
-        if launch.is_several() and arguments.command != "train":
+        if arguments.command in MAY_LACK:
+            _check_lists(arguments, MAY_LACK[arguments.command])
+        if launch.world() > 1 and arguments.command != "train":
             raise ConfigError(f"torchrun is for 'lownibble train'; start 'lownibble {arguments.command}' without it.")
         with warnings.catch_warnings():
             warnings.showwarning = _warn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on in silence where nobody reads on (`| head`): a run is still to be pushed. rich would exit with 1."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def console_of(arguments: argparse.Namespace) -> Console:
     """Standard output; with --json, which has that for itself, standard error. Brackets are text: paths and errors have them."""
-    return Console(file=sys.stderr if arguments.json else sys.stdout, highlight=False, markup=False)
+    return _Console(file=sys.stderr if arguments.json else sys.stdout, highlight=False, markup=False)
 
 
 @contextmanager

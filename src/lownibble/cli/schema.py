@@ -1,8 +1,8 @@
 """`lownibble schema`: the options of the commands as JSON Schema (draft 2020-12), from the classes that flags are made of.
 
-For editors, forms and agents: a TOML file that the schema refuses would not load. The reverse does not hold: what depends on
+For editors, forms and agents: a TOML file that the schema refuses would not load (but 'none', where there may be none). The reverse does not hold: what depends on
 several options together (packing with group_by_length) is checked when the configuration is made, and a file or model must exist.
-An option's `flag` is its name on the command line where that differs; names of codecs, optimisers and the like are those known
+An option's `flag` is its name on the command line where that differs; `escapes`: there it has new lines as `\\n`; names of codecs, optimisers and the like are those known
 here, plug-ins' too.
 """
 
@@ -23,6 +23,7 @@ from lownibble.config import (
     RowsConfig,
     RunConfig,
     ServeConfig,
+    StudioConfig,
 )
 from lownibble.errors import ConfigError
 from lownibble.options import Options
@@ -31,6 +32,7 @@ from lownibble.study.spec import StudySpec
 CONFIGS: dict[str, type[Options]] = {
     "train": RunConfig, "compare": CompareConfig, "study": StudySpec, "plan": PlanConfig, "data": RowsConfig, "eval": EvalConfig,
     "merge": MergeConfig, "export": ExportConfig, "quantize": QuantizeConfig, "push": PushConfig, "serve": ServeConfig,
+    "studio": StudioConfig,
 }  # fmt: skip
 """Command -> its options; of `study`, the file that `study run` takes."""
 

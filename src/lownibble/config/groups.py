@@ -161,6 +161,10 @@ def _words_are_tokens(value: Any) -> Any:
     return value if isinstance(value, str) else " ".join(value)
 
 
+_ESCAPES: dict[str, Any] = {"escapes": True}
+"""Of a text: its flag has new lines as `\\n` (`flags.py`)."""
+
+
 class LoraConfig(Options):
     """Low-rank adapters; names and meanings are PEFT's `LoraConfig`."""
 
@@ -197,6 +201,7 @@ class LoraConfig(Options):
         None,
         description="activated LoRA: the adapter is active from the last occurrence of these tokens on (ids, or their text, such "
         "as the header of the assistant's turn); what comes before is the base's, and a server reads it once for all adapters",
+        json_schema_extra=_ESCAPES,
     )
 
     @model_validator(mode="after")
@@ -229,8 +234,12 @@ class DataConfig(Options):
     split: str = Field("train", description="training split of a hub data set or folder")
     eval_split: str = Field("test", description="evaluation split of a hub data set or folder")
     eval_fraction: Annotated[float, Gt(0), Lt(1)] = Field(0.1, description="rows held out where the data has no test side")
-    prompt_template: str | None = Field(None, description="prompt made from a row's fields, e.g. 'Review: {text}\\nSentiment:'")
-    completion_template: str | None = Field(None, description="completion made from a row's fields, e.g. ' {label}'")
+    prompt_template: str | None = Field(
+        None, description="prompt made from a row's fields, e.g. 'Review: {text}\\nSentiment:'", json_schema_extra=_ESCAPES
+    )
+    completion_template: str | None = Field(
+        None, description="completion made from a row's fields, e.g. ' {label}'", json_schema_extra=_ESCAPES
+    )
     use_chat_template: bool = Field(False, description="wrap prompt and completion as user and assistant turns")
     mask_prompt: bool = Field(True, description="take the loss on completions and assistant turns only")
     trained_turns: Literal["all", "last"] = Field(

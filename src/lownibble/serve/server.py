@@ -73,7 +73,7 @@ def run_server(config: ServeConfig, tell: Callable[[str], None]) -> dict[str, An
         _open_many_files()
         service = make_service(config)
         host, port = listener.getsockname()[:2]
-        address = f"http://{host}:{port}"
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         server = Server(
             uvicorn.Config(
                 app(service), log_level="warning", access_log=False, timeout_graceful_shutdown=int(config.drain_seconds) or 1,

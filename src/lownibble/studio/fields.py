@@ -27,9 +27,9 @@ from lownibble.config import (
     ServeConfig,
 )
 from lownibble.errors import ConfigError
-from lownibble.flags import default_of, kinds_of, read
+from lownibble.flags import default_of, read
 from lownibble.leaves import flag_name, leaves
-from lownibble.options import Known, Options
+from lownibble.options import Known, Options, kinds_of
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ function method() {
   })));
 }
 function study(first) {
-  const text = (name, or) => JSON.stringify(values[name] || or);
+  const text = (name, or) => JSON.stringify(name.endsWith("_template") ? values[name].replace(/\\[nt\\]/g, (two) => ({ n: "\n", t: "\t", "\\": "\\" })[two[1]]) : values[name] || or);
   const steps = Number(values["train.max_steps"]) || 40;
   const toml = `name = "LoRA and QLoRA on my data"\nseeds = [0, 1, 2]\n\n[models]\nmine = ${text("model", "demo")}\n\n[methods]\nlora = { method = "lora" }\nqlora = { method = "qlora" }\n\n[tasks.mine]\nkind = "classification"\ndata = { path = ${text("data.path", "demo")}, max_eval_rows = 128${values["data.prompt_template"] ? `, prompt_template = ${text("data.prompt_template")}` : ""}${values["data.completion_template"] ? `, completion_template = ${text("data.completion_template")}` : ""} }\ntrain = { batch_size = 8, max_length = 128 }\n\n[train]\nmax_steps = ${steps}\n`;
   if (first) {
