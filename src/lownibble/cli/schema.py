@@ -1,9 +1,9 @@
 """`lownibble schema`: the options of the commands as JSON Schema (draft 2020-12), from the classes that flags are made of.
 
-For editors, forms and agents: a TOML file that the schema refuses would not load (but 'none', where there may be none). The reverse does not hold: what depends on
-several options together (packing with group_by_length) is checked when the configuration is made, and a file or model must exist.
-An option's `flag` is its name on the command line where that differs; `escapes`: there it has new lines as `\\n`; names of codecs, optimisers and the like are those known
-here, plug-ins' too.
+For editors, forms and agents: a TOML file that the schema refuses would not load (but 'none', where there may be none). The
+reverse does not hold: what depends on several options together (packing with group_by_length) is checked when the configuration
+is made, and a file or model must exist. An option's `flag` is its name on the command line where that differs; `escapes`: there
+it has new lines as `\\n`. Names of codecs, optimisers and the like are those known here, plug-ins' too.
 """
 
 from __future__ import annotations
