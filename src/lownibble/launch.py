@@ -20,12 +20,12 @@ _SECONDS = 5
 
 
 def is_several() -> bool:
-    """Whether this process was started as one of several."""
-    return "WORLD_SIZE" in os.environ
+    """Whether this process was started as one of several, or by torchrun as the only one."""
+    return world() > 1 or {"WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
 def world() -> int:
-    """The number of processes. A cluster's pods may be told that they are one of one."""
+    """The number of processes. A cluster may tell a pod that it is one of one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

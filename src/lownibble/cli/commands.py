@@ -132,7 +132,7 @@ def _referred(reference: dict[str, Any]) -> str:
 
 
 def _dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
-    if launch.is_several():
+    if launch.world() > 1:
         raise ConfigError(
             "A dry run is of one process. Start it without torchrun; 'lownibble plan --gpus N' says what each of several needs."
         )
