@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+import tomllib
 from pathlib import Path
 
 import psutil
@@ -294,6 +295,10 @@ def test_forms_take_enter_and_only_their_last_answer(browser, page):
     fill(browser, "train.max_steps", "3")
     fill(browser, "train.packing", "true")
     assert browser.value(f"(() => {{ rows = {found}; return tokens(); }})()") == 3 * 8 * 512
+    fill(browser, "data.prompt_template", r"Q: {q}\nA:")
+    choose(browser, "study")
+    study = tomllib.loads(browser.value("document.querySelector('#toml').value"))
+    assert study["tasks"]["mine"]["data"]["prompt_template"] == "Q: {q}\nA:", "as in the flag, \\n is a new line"
 
 
 def test_a_report_is_saved_from(browser, page, tmp_path):
