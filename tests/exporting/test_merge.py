@@ -20,6 +20,10 @@ from lownibble.config import MergeConfig
 from lownibble.errors import AdapterError, ConfigError, ModelError, OutputError
 from lownibble.exporting import merge as module
 from lownibble.exporting.merge import run_merge
+from lownibble.exporting.weights import Weights
+from lownibble.lora.adapter_file import AdapterFile
+from lownibble.models import resolve
+from lownibble.quant import QuantLinear
 
 FP32, BF16 = 4e-5, 0.03
 """Largest difference as a share of the largest logit: the same sums in another order (up to 1.9e-5 on one of two processors that
@@ -66,6 +70,44 @@ def test_plain_float8_is_merged_in_the_models_type(write, adapt, batch, tmp_path
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert {value.dtype for value in merged.values()} == {torch.float32}, "the one that config.json names"
     assert_same(logits(ln.load(str(tmp_path / "merged"))[0], batch), logits(live, batch))
+
+
+NUMBERED = {
+    "gemma3n_text": (
+        {
+            "head_dim": 8, "laurel_rank": 4, "altup_num_inputs": 3, "vocab_size_per_layer_input": 96,
+            "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0],
+            "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16,
+        },
+        ["lm_head", "altup_projections", "altup_unembed_projections", "correction_coefs", "prediction_coefs"],
+        {"target_modules": ["q_proj", "down_proj"]},
+    ),
+    "zamba2": (
+        {
+            "mamba_d_state": 8, "n_mamba_heads": 4, "mamba_ngroups": 1, "num_hidden_layers": 4, "num_mem_blocks": 1,
+            "layers_block_type": ["mamba", "hybrid"] * 2, "adapter_rank": 8, "attention_hidden_size": 64,
+            "attention_head_dim": 16, "kv_channels": 8,
+        },
+        ["lm_head"], {"target_modules": ["in_proj", "out_proj"]},
+    ),
+}  # fmt: skip
+"""Family -> options, skip_modules and options of an adapter: models whose dense layers have numbers as last names (of lists)."""
+
+
+@pytest.mark.parametrize("family", list(NUMBERED))
+def test_a_dense_layer_named_by_a_number_leaves_no_decoder_layer_dense(write, adapt, batch, tmp_path, family):
+    """The record has last names, '0' among them, which is a whole name in the path of every layer of `layers.0`, too."""
+    options, skip, lora = NUMBERED[family]
+    live, adapter = adapt(write(family, **options), ln.QuantConfig(skip_modules=skip), **lora)
+    recorded = AdapterFile(adapter).trained_on["quant"]["skip_modules"]
+    assert {"0", "1"} & set(recorded)
+    weights = Weights(
+        resolve(str(tmp_path / "model")), AdapterFile(adapter), ln.QuantConfig(skip_modules=recorded), ln.QuantConfig()
+    )
+    packed = {path for path, module in live.named_modules() if isinstance(module, QuantLinear)}
+    assert weights.quantized == {path.removesuffix(".base") for path in packed}
+    ln.merge(adapter, tmp_path / "merged", onto="dequantized", measure_tokens=0)
+    assert_same(logits(by_transformers(tmp_path / "merged"), batch), logits(live, batch))
 
 
 LORA = {

@@ -23,6 +23,7 @@ from lownibble.lora import activated
 from lownibble.lora.adapter_file import AdapterFile, same_values
 from lownibble.lora.apart import fitted
 from lownibble.lora.portable import PREFIX
+from lownibble.lora.provenance import as_option
 from lownibble.lora.targets import scale_of
 from lownibble.lora.variants import Variant
 from lownibble.models import ModelSource, experts, skeleton
@@ -47,7 +48,7 @@ class AdaptedBase:
     """A base checkpoint and an optional adapter, as named tensors.
 
     Args:
-        quant: codec of the base in training; None: dense. A packed checkpoint uses its own.
+        quant: codec of the base in training, as recorded by an adapter that does; None: dense. A packed checkpoint uses its own.
         dtype: of all written dense tensors; 'auto': each tensor's own.
     Attributes:
         model: transformers' skeleton on the meta device, with the adapter's vocabulary.
@@ -72,6 +73,8 @@ class AdaptedBase:
         self.experts = experts.shapes(self.model)
         self.packed = self.tensors.packed
         self.names = {name: name for name in self.tensors.names}
+        if quant is not None and adapter is not None and adapter.trained_on is not None:
+            quant = as_option(quant, self.model)
         self.quantized = set(self.packed) or (set(quantizable(self.model, quant)) if quant is not None else set())
         self.quant = self._packed_codec() if self.packed else quant
         untie(self.model, self.tensors.untied)

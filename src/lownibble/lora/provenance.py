@@ -11,7 +11,7 @@ safetensors metadata, where they travel with the weights and other libraries ign
                       PEFT converts such adapters, which fit the base as it was
     corrects          name of the initialisation that starts at what packing lost; absent for others
     quant             None for a dense base, else how it is packed: quant_type, block_size, double_quant, compute, skip_modules,
-                      and pattern if layers differ
+                      and pattern if layers differ. The skip_modules of a record are ends of dense layers' paths (`as_option`)
     merge_aware       how the merged model is packed, for an adapter that was trained so (`merge_aware.py`); absent otherwise
 """
 
@@ -23,10 +23,12 @@ from typing import Any
 
 from torch import nn
 
-from lownibble.config import PER_LAYER
+from lownibble.config import PER_LAYER, QuantConfig
 from lownibble.lora.layer import LoraLinear, TrainedCopy
 from lownibble.lora.merge_aware import facts_of
+from lownibble.matching import names
 from lownibble.models.experts import expert_weights
+from lownibble.models.experts import shapes as expert_shapes
 from lownibble.models.info import info
 from lownibble.models.packed import config_of
 from lownibble.quant import QuantLinear, is_linear
@@ -51,14 +53,25 @@ def _codec(model: nn.Module) -> dict[str, Any] | None:
     config = config_of({path: module.weight for path, module in packed.items()}, [])
     held = {path: getattr(each, "base", each) for path, each in expert_weights(model).items()}
     dense = {*linears, *(path for path, each in held.items() if not isinstance(each, QuantLinear))} - packed.keys()
-    names = {path.rpartition(".")[2] for path in packed}
+    of_packed = {path.rpartition(".")[2] for path in packed}
     last_names = {path: path.rpartition(".")[2] for path in dense}
-    skipped = {path if last in names else last for path, last in last_names.items()}
+    skipped = {path if last in of_packed else last for path, last in last_names.items()}
     return {
         "quant_type": config.quant_type, "block_size": config.block_size, "double_quant": config.double_quant,
         "compute": next(iter(packed.values())).compute, "skip_modules": sorted(skipped),
         **({"pattern": config.pattern} if config.pattern else {}),
     }  # fmt: skip
+
+
+def as_option(recorded: QuantConfig, model: nn.Module) -> QuantConfig:
+    """The configuration that packs the layers of `model`, the bare base, which a record of it says are packed.
+
+    Its skip_modules are the last names of dense layers, or their paths. As an option they would match anywhere in a path: the '0'
+    of a dense `projections.0` all of `layers.0`.
+    """
+    paths = [*(path for path, _ in _linears(model)), *expert_shapes(model)]
+    dense = {entry: [path for path in paths if names(path, [entry])] or [entry] for entry in recorded.skip_modules}
+    return recorded.with_options(skip_modules=sorted({path for found in dense.values() for path in found}))
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
