@@ -25,6 +25,9 @@ ORIGIN = "quantized_from"
 TRAINED_ON = "lownibble_trained_on"
 """Key of an adapter's safetensors metadata: JSON facts of the base that it was trained on (`lora/provenance.py`)."""
 
+MARKER = ".weight.packed."
+"""Between path and codec in the name of the tensor with the facts of a layer in the common format (`quant/packed.py`)."""
+
 MX_GROUP = 32
 """Weights that share an exponent in the MX formats."""
 

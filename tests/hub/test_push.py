@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -9,7 +10,8 @@ import tomllib
 import hub_server
 import pytest
 from huggingface_hub import ModelCard, constants
-from safetensors.torch import load, load_file
+from mixtures import folder_of
+from safetensors.torch import load, load_file, save_file
 
 from lownibble import merge, push
 from lownibble.cli.main import main
@@ -47,8 +49,6 @@ def hub(monkeypatch):
 @pytest.fixture
 def adapter(trained, tmp_path):
     """A copy of the run, to write cards into."""
-    import shutil
-
     shutil.copytree(trained, tmp_path / "first")
     return tmp_path / "first"
 
@@ -217,6 +217,116 @@ def test_a_packed_model_does_not_tell_where_it_was_made(hub, tiny_model, tmp_pat
         assert before["quantized_from"]["model"] == str(tiny_model)
         assert after == before | {"quantized_from": before["quantized_from"] | {"model": name}}
         assert str(tiny_model).encode() not in b"".join(files.values())
+
+
+def text_of(hub, repo):
+    return hub.repos[repo]["files"]["README.md"].decode()
+
+
+def rewritten(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_the_card_of_a_packed_model_registers_its_layers_with_transformers(hub, tiny_model, tmp_path):
+    packed = tmp_path / "packed"
+    run_quantize(QuantizeConfig(model=str(tiny_model), output=str(packed), rounding="rtn", format="lownibble"))
+    push(packed, "me/packed")
+    code = text_of(hub, "me/packed").partition("```python\n")[2].partition("```")[0]
+    assert code.startswith("import lownibble.integrations.transformers")
+    space = {}
+    exec(code.replace("me/packed", str(packed)), space)
+    assert type(space["model"].model.layers[0].mlp.up_proj).__name__ == "NF4Linear"
+    run_quantize(QuantizeConfig(model=str(tiny_model), output=str(tmp_path / "bnb"), rounding="rtn"))
+    push(tmp_path / "bnb", "me/bnb")
+    assert "integrations.transformers" not in text_of(hub, "me/bnb"), "bitsandbytes' format"
+
+
+def test_a_mixture_with_packed_experts_is_loaded_by_us_alone(hub, tmp_path, tokenizer):
+    folder = folder_of("qwen3_moe", tmp_path / "mixture", tokenizer)
+    for name, quant in (("all", {}), ("experts dense", {"quant_type": "int8", "skip_modules": ["lm_head", "experts"]})):
+        run_quantize(QuantizeConfig(model=str(folder), output=str(tmp_path / name), rounding="rtn", quant=quant))
+        push(tmp_path / name, "me/mixture")
+        text = text_of(hub, "me/mixture")
+        assert 'ln.load("me/mixture")' in text
+        assert ("from transformers import" in text) == (name == "experts dense")
+
+
+def test_an_adapter_of_the_demo_is_loaded_on_the_weights_that_it_has_the_digest_of(adapter, hub):
+    rewritten(adapter / "adapter" / "adapter_config.json", base_model_name_or_path="demo")
+    push(adapter, "me/demo")
+    text = text_of(hub, "me/demo")
+    assert 'AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct"), "me/demo")' in text
+    assert 'ln.load("demo", quant=' in text
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_pinned_revision_is_in_the_code(adapter, hub, ours):
+    """PEFT has it in the configuration, Lownibble in the metadata of the weights."""
+    rewritten(
+        adapter / "adapter" / "adapter_config.json", base_model_name_or_path="org/base", **{} if ours else {"revision": "v2"}
+    )
+    if ours:
+        file = adapter / "adapter" / "adapter_model.safetensors"
+        facts = json.dumps(facts_in(file.read_bytes()) | {"model": "org/base", "revision": "v2"})
+        save_file(load_file(file), file, {"format": "pt", "lownibble_trained_on": facts})
+    push(adapter, "me/pinned")
+    text = text_of(hub, "me/pinned")
+    assert 'from_pretrained("org/base", revision="v2"), "me/pinned")' in text
+    assert 'ln.load("org/base", quant=ln.QuantConfig(block_size=32), revision="v2")' in text
+    push(adapter, "me/other", base="org/other")
+    assert "v2" not in text_of(hub, "me/other")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"), [("demo", None), ("org/rows", ["org/rows"]), ("org/rows:easy", ["org/rows"]), ("data/rows", None)]
+)
+def test_data_of_the_card_are_those_of_the_hub(adapter, hub, path, expected):
+    """A relative name is one where the run was started, wherever it is pushed from."""
+    record = json.loads((adapter / "record.json").read_text())["config"]
+    (adapter.parent / "data" / "rows").mkdir(parents=True)
+    record["data"]["path"], record["train"]["output_dir"] = path, adapter.name
+    rewritten(adapter / "record.json", config=record)
+    push(adapter, "me/data", base="org/base")
+    text = text_of(hub, "me/data")
+    assert ModelCard(text).data.datasets == expected
+    assert ("data/rows" in text) is False
+
+
+def test_a_full_models_base_is_none_of_the_hub_if_it_was_a_folder(adapter, hub, tiny_model):
+    """The same for the model that was trained."""
+    record = json.loads((adapter / "record.json").read_text())["config"]
+    record["model"], record["method"], record["train"]["output_dir"] = "models/base", "full", adapter.name
+    rewritten(adapter / "record.json", config=record)
+    shutil.copytree(tiny_model, adapter.parent / "models" / "base")
+    shutil.copytree(tiny_model, adapter / "model")
+    push(adapter / "model", "me/full")
+    text = text_of(hub, "me/full")
+    assert ModelCard(text).data.base_model is None
+    assert "models/base" not in text
+
+
+def test_no_configuration_tells_a_local_path(hub, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    rewritten(folder / "config.json", _name_or_path="/home/me/secret/base", text_config={"_name_or_path": "org/there"})
+    rewritten(folder / "tokenizer_config.json", name_or_path="/home/me/secret/base")
+    push(folder, "me/x")
+    files = hub.repos["me/x"]["files"]
+    assert b"secret" not in b"".join(files.values())
+    assert (
+        json.loads(files["config.json"])["_name_or_path"] == json.loads(files["tokenizer_config.json"])["name_or_path"] == "base"
+    )
+    assert json.loads(files["config.json"])["text_config"]["_name_or_path"] == "org/there"
+
+
+def test_state_of_a_trainer_stays_and_templates_go(adapter, hub):
+    folder = adapter / "adapter"
+    for name in ("optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin", "trainer_state.json"):
+        (folder / name).write_bytes(b"state")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    done = push(adapter, "me/checkpoint", base="org/base")
+    mine = {"README.md", "adapter_config.json", "adapter_model.safetensors", "additional_chat_templates/tool_use.jinja"}
+    assert set(done["files"]) == set(hub.repos["me/checkpoint"]["files"]) == mine
 
 
 def test_damaged_files_and_records_of_runs_that_failed(adapter, hub):

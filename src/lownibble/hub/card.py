@@ -35,7 +35,8 @@ _OF_FILES = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt")
 class Subject:
     """What a card is of. `base`: hub id, None if not known; `run`, `merge`: records of `train`, and of `merge` or `quantize`.
 
-    `seq2seq`: it is, or is for, an encoder-decoder model. `invocation`: tokens that activate it.
+    `seq2seq`: it is, or is for, an encoder-decoder model. `invocation`: tokens that activate it. `revision`: of the base.
+    `packed`: whether the model is in our own format; `packed_experts`: and its experts, which transformers does not load, too.
     """
 
     name: str
@@ -46,6 +47,9 @@ class Subject:
     merge: Mapping[str, Any] | None
     seq2seq: bool = False
     invocation: Sequence[int] = ()
+    revision: str | None = None
+    packed: bool = False
+    packed_experts: bool = False
 
 
 def hub_id(name: str | None) -> str | None:
@@ -59,6 +63,11 @@ def hub_id(name: str | None) -> str | None:
     except ValueError:
         return None
     return name
+
+
+def _data_id(path: str | None) -> str | None:
+    """The hub id of a data set, without the name of its configuration; None of demo data, a local folder or file."""
+    return None if path is None or path == "demo" else hub_id(path.partition(":")[0])
 
 
 def licence_of(base: str | None, trained_on: str) -> str | None:
@@ -84,7 +93,7 @@ def render(subject: Subject, repo: str, licence: str | None) -> str:
         library_name="peft" if subject.kind == "adapter" else "transformers",
         pipeline_tag="text2text-generation" if subject.seq2seq else "text-generation",
         tags=["lownibble", *_methods(subject)],
-        datasets=[name] if (name := hub_id(_config(subject).get("data", {}).get("path"))) else None,
+        datasets=[name] if (name := _data_id(_config(subject).get("data", {}).get("path"))) else None,
         ignore_metadata_errors=False,
     )
     parts = [f"---\n{data.to_yaml()}\n---", f"# {subject.name}", _what(subject)]
@@ -102,7 +111,9 @@ def _methods(subject: Subject) -> list[str]:
 
 
 def _what(subject: Subject) -> str:
-    base = f"[{subject.base}](https://huggingface.co/{subject.base})" if subject.base else f"`{_last(subject.trained_on)}`"
+    base = (
+        f"[{subject.base}](https://huggingface.co/{subject.base})" if subject.base else f"`{without_folder(subject.trained_on)}`"
+    )
     method = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning"}.get(_config(subject).get("method", ""), "")
     by = f", trained by {method}" if method else ""
     if subject.kind == "adapter":
@@ -122,21 +133,26 @@ def _what(subject: Subject) -> str:
 
 def _loading(subject: Subject, repo: str) -> str:
     auto = "AutoModelForSeq2SeqLM" if subject.seq2seq else "AutoModelForCausalLM"
+    ours, theirs = "import lownibble as ln\n", f"from transformers import {auto}"
     if subject.kind == "model":
-        code = f"""from transformers import {auto}, AutoTokenizer
+        registers = "import lownibble.integrations.transformers  # its packed layers\n" if subject.packed else ""
+        theirs = f"""{registers}{theirs}, AutoTokenizer
 
 model = {auto}.from_pretrained("{repo}")
 tokenizer = AutoTokenizer.from_pretrained("{repo}")"""
-        return f"## How to load\n\n```python\n{code}\n```\n\n```python\nimport lownibble as ln\n\n{_ours(repo, None)}\n```"
-    base = subject.base or subject.trained_on
-    code = f"""from peft import PeftModel
-from transformers import {auto}
-
-model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "{repo}")"""
-    quant = _packed(_config(subject).get("quant", {})) if "qlora" in _methods(subject) else None
-    ours = f"import lownibble as ln\nfrom huggingface_hub import snapshot_download\n\n{_ours(base, quant)}"
-    ours += f'\nmodel = ln.load_adapter(model, snapshot_download("{repo}"))'
-    return f"## How to load\n\nWith PEFT:\n\n```python\n{code}\n```\n\nWith Lownibble:\n\n```python\n{ours}\n```"
+        blocks = [] if subject.packed_experts else [f"```python\n{theirs}\n```"]
+        ours += f"\n{_ours(repo)}"
+    else:
+        base = subject.base or subject.trained_on
+        revision = f'revision="{subject.revision}"' if subject.revision else ""
+        loaded = f"{auto}.from_pretrained({_call(base, revision)})"
+        theirs = f'from peft import PeftModel\n{theirs}\n\nmodel = PeftModel.from_pretrained({loaded}, "{repo}")'
+        blocks = [f"With PEFT:\n\n```python\n{theirs}\n```\n\nWith Lownibble:"]
+        quant = f"quant={_packed(_config(subject).get('quant', {}))}" if "qlora" in _methods(subject) else ""
+        own = "demo" if subject.trained_on == "demo" else base  # whose digest the adapter has
+        ours += f"from huggingface_hub import snapshot_download\n\n{_ours(own, quant, revision)}"
+        ours += f'\nmodel = ln.load_adapter(model, snapshot_download("{repo}"))'
+    return "\n\n".join(["## How to load", *blocks, f"```python\n{ours}\n```"])
 
 
 def _packed(options: Mapping[str, Any]) -> str:
@@ -148,9 +164,13 @@ def _packed(options: Mapping[str, Any]) -> str:
     return f"ln.QuantConfig({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
 
-def _ours(model: str, quant: str | None) -> str:
-    packed = f", quant={quant}" if quant else ""
-    return f'model, tokenizer = ln.load("{model}"{packed})'
+def _ours(model: str, *options: str) -> str:
+    return f"model, tokenizer = ln.load({_call(model, *options)})"
+
+
+def _call(model: str, *options: str) -> str:
+    """Arguments in Python: a model's name, and those of `options` that are not empty."""
+    return ", ".join([f'"{model}"', *filter(None, options)])
 
 
 def _results(subject: Subject) -> Iterator[str]:
@@ -207,7 +227,7 @@ def _data(subject: Subject) -> Iterator[str]:
     data = run["data"]
     left = ", ".join(f"{data[f'{how}_rows']:,} {how}" for how in ("cut", "dropped") if data.get(f"{how}_rows"))
     yield (
-        f"## Data\n\n`{_last(data['name'])}`, rows of form `{data['form']}`: {data['train_rows']:,} for training"
+        f"## Data\n\n`{without_folder(data['name'])}`, rows of form `{data['form']}`: {data['train_rows']:,} for training"
         f"{left and f' ({left})'}, {data['eval_rows']:,} for evaluation. SHA-256 of the rows: "
         f"`{data['train_digest']}` and `{data['eval_digest']}`."
     )
@@ -239,7 +259,7 @@ def _toml(config: Mapping[str, Any]) -> str:
         for key, value in group.items():
             path = f"{name}.{key}" if name else key
             if value is not None and path not in _NOT_SHOWN:
-                lines.append(f"{key} = {_value(_last(value) if path in _PATHS else value)}")
+                lines.append(f"{key} = {_value(without_folder(value) if path in _PATHS else value)}")
     return "\n".join(lines)
 
 
@@ -256,7 +276,7 @@ def _licence(subject: Subject, licence: str | None) -> str:
     return f"## Licence\n\nThat of the base model: {known}."
 
 
-def _last(path: str) -> str:
+def without_folder(path: str) -> str:
     """A hub id as it is; of a local path the last part."""
     local = Path(path).is_absolute() or path.startswith(("~", ".")) or path.count("/") > 1 or Path(path).exists()
     return Path(path).name if local else path

@@ -3,7 +3,11 @@
 Repositories are made private: what was trained on one's own rows is published by a decision, not by a default. One that is
 there already keeps its visibility. Local names stay local: records (which hold paths) are not uploaded, what they say is on the
 card; an adapter whose base is a local folder is refused until `base` names it, since nobody else could load it; and where files
-name the local model that they were made from, they are uploaded with `base`, or the last part of the path. Digests stay.
+name the local model that they were made from, they are uploaded with `base`, or the last part of the path. Digests stay. Of a
+trainer's checkpoint the state of the training is left out, whose pickles hold paths, too.
+
+What a record calls a local folder by a relative name is looked for where the run was started, which its output folder tells: as
+seen from here the name could be one of the hub.
 
 A README.md beside the weights is uploaded as it is; `dry_run` writes the rendered one there, to be looked at and edited.
 """
@@ -11,7 +15,7 @@ A README.md beside the weights is uploaded as it is; `dry_run` writes the render
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +23,17 @@ from typing import Any, Literal
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # httpx's or httpx2's, by the version
 from huggingface_hub.utils._validators import validate_repo_id
+from safetensors import safe_open
 
 from lownibble.config import PushConfig, RunConfig
 from lownibble.errors import ConfigError, HubError, OutputError
-from lownibble.hub.card import Subject, hub_id, licence_of, render
-from lownibble.stored import ORIGIN, TRAINED_ON
+from lownibble.hub.card import Subject, hub_id, licence_of, render, without_folder
+from lownibble.stored import MARKER, ORIGIN, TRAINED_ON, of
 
 ADAPTER, CARD, MERGE, RUN = "adapter_config.json", "README.md", "merge.json", "record.json"
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, TEMPLATES = "adapter_model.safetensors", "additional_chat_templates"
+
+_STATE = {"training_args.bin", "trainer_state.json", "optimizer.bin", "latest", "zero_to_fp32.py"}
 
 
 def push(source: str | Path, repo: str, **options: Any) -> dict[str, Any]:
@@ -55,14 +62,14 @@ def run_push(config: PushConfig) -> dict[str, Any]:
             raise OutputError(f"'{card}' is there already, and would be uploaded as it is. Delete it to have it written anew.")
         card.write_text(_card(subject, config.repo), encoding="utf-8")
         return {**done, "card": str(card)}
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "." and path.name not in (MERGE, RUN))
+    files = _files(folder)
     with _told(config.repo):
         api = HfApi(token=_token())
         repo = config.repo if "/" in config.repo else f"{api.whoami()['name']}/{config.repo}"
         text = card.read_bytes() if card.exists() else _card(subject, repo).encode()
         where = api.create_repo(config.repo, private=not config.public, exist_ok=True)
         changed = _without_paths(folder, subject)
-        operations = [CommitOperationAdd(path.name, changed.get(path.name, path)) for path in files if path.name != CARD]
+        operations = [CommitOperationAdd(name, changed.get(name, path)) for name, path in files.items() if name != CARD]
         operations.append(CommitOperationAdd(CARD, text))
         what = "Adapter" if subject.kind == "adapter" else "Model"
         commit = api.create_commit(where.repo_id, operations, commit_message=f"{what} and card by Lownibble")
@@ -72,17 +79,44 @@ def run_push(config: PushConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _files(folder: Path) -> dict[str, Path]:
+    """Name in the repository -> file, of what is uploaded."""
+    found = [*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]
+    kept = sorted(path for path in found if path.is_file() and path.name[0] != "." and not _is_state(path.name))
+    return {path.relative_to(folder).as_posix(): path for path in kept if path.name not in (MERGE, RUN)}
+
+
+def _is_state(name: str) -> bool:
+    """Whether a file of a trainer's checkpoint is the training's (transformers', DeepSpeed's), not the result's."""
+    return name.endswith((".pt", ".pth", ".pkl")) or name in _STATE
+
+
 def _without_paths(folder: Path, subject: Subject) -> dict[str, bytes]:
     """Name of each file that names a local model -> what is uploaded in its place."""
+    changed: dict[str, bytes] = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            described = _described(folder / name)
+            if (without := _without_names(described, subject)) != described:
+                changed[name] = _json(without)
     if subject.kind == "adapter":
         described = _described(folder / ADAPTER) | {"base_model_name_or_path": subject.base}
-        weights = {WEIGHTS: _renamed(folder / WEIGHTS, str(subject.base))} if (folder / WEIGHTS).is_file() else {}
-        return {ADAPTER: _json(described), **weights}
-    described = _described(folder / "config.json")
-    origin = described.get(ORIGIN)
-    if not isinstance(origin, dict) or hub_id(name := str(origin.get("model"))) is not None:
-        return {}
-    return {"config.json": _json(described | {ORIGIN: origin | {"model": subject.base or Path(name).name}})}
+        changed[ADAPTER] = _json(described)
+        if (folder / WEIGHTS).is_file():
+            changed[WEIGHTS] = _renamed(folder / WEIGHTS, str(subject.base))
+    return changed
+
+
+def _without_names(described: dict[str, Any], subject: Subject) -> dict[str, Any]:
+    """A configuration that names no local model: neither as where it was read from nor as what it was packed from."""
+    found = {}
+    for key, value in described.items():
+        if key in ("_name_or_path", "name_or_path") and isinstance(value, str) and without_folder(value) != value:
+            value = subject.base or without_folder(value)
+        elif key == ORIGIN and isinstance(value, dict) and hub_id(name := str(value.get("model"))) is None:
+            value = value | {"model": subject.base or Path(name).name}
+        found[key] = _without_names(value, subject) if isinstance(value, dict) else value
+    return found
 
 
 def _json(content: dict[str, Any]) -> bytes:
@@ -94,13 +128,19 @@ def _renamed(path: Path, base: str) -> bytes:
     held = path.read_bytes()
     size = 8 + int.from_bytes(held[:8], "little")
     header = json.loads(held[8:size])
-    facts = json.loads(header.get("__metadata__", {}).get(TRAINED_ON, "null"))
-    if not isinstance(facts, dict) or hub_id(facts.get("model")) is not None:
+    facts = _facts(header.get("__metadata__", {}))
+    if not facts or hub_id(facts.get("model")) is not None:
         return held
     header["__metadata__"][TRAINED_ON] = json.dumps({**facts, "model": base}, sort_keys=True)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors are aligned
     return len(text).to_bytes(8, "little") + text + held[size:]
+
+
+def _facts(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the metadata of an adapter's file say of its base; {} if nothing."""
+    found = json.loads(metadata.get(TRAINED_ON, "null"))
+    return found if isinstance(found, dict) else {}
 
 
 def check(repo: str, config: RunConfig) -> None:
@@ -146,8 +186,8 @@ def _subject(folder: Path, config: PushConfig) -> Subject:
     kind: Literal["adapter", "model"] = "adapter" if (folder / ADAPTER).is_file() else "model"
     merge, run = _record(folder / MERGE), _run_of(folder, kind)
     described = _described(folder / (ADAPTER if kind == "adapter" else "config.json"))
-    if merge is not None:
-        run = _run_of(Path(merge["config"].get("adapter") or ""), "adapter")
+    if merge is not None and (adapter := merge["config"].get("adapter")):
+        run = _run_of((_started_in(folder, merge["config"].get("output")) / Path(adapter).expanduser()).resolve(), "adapter")
     if kind == "adapter":
         named = described.get("base_model_name_or_path") or "not named"
     elif merge is not None:
@@ -160,9 +200,35 @@ def _subject(folder: Path, config: PushConfig) -> Subject:
         raise ConfigError(f"'{config.base}' is no id on the hub. Name the base with --base OWNER/NAME.")
     if kind == "adapter":
         _check_base(base, named, "Name it with --base")
+    packed = kind == "model" and of(described).get("quant_method") == "lownibble"
     return Subject(
-        config.repo.rpartition("/")[2], kind, base, named, run, merge, seq2seq, described.get("alora_invocation_tokens") or ()
-    )
+        config.repo.rpartition("/")[2], kind, base, named, run, merge, seq2seq, described.get("alora_invocation_tokens") or (),
+        _revision(folder, described) if kind == "adapter" and base == named else None, packed,
+        packed and _has_packed_experts(folder),
+    )  # fmt: skip
+
+
+def _revision(folder: Path, described: dict[str, Any]) -> str | None:
+    """The revision of its base that an adapter was trained on, where it names one."""
+    if (folder / WEIGHTS).is_file() and described.get("revision") is None:
+        with safe_open(folder / WEIGHTS, "np") as file:
+            return _facts(file.metadata() or {}).get("revision")
+    return described.get("revision")
+
+
+def _has_packed_experts(folder: Path) -> bool:
+    """Whether a checkpoint of our own holds the experts of a mixture packed: facts of theirs have their number."""
+    for each in sorted(folder.glob("*.safetensors")):
+        with safe_open(each, "np") as file:
+            if any(MARKER in key and b'"experts"' in file.get_tensor(key).tobytes() for key in sorted(file.keys())):
+                return True
+    return False
+
+
+def _started_in(folder: Path, written: str | None) -> Path:
+    """The working directory of the command that wrote `folder`, which it called `written`; this one's if that does not tell."""
+    parts = Path(written or "").parts
+    return Path(*folder.parts[: -len(parts)]) if parts and folder.parts[-len(parts) :] == parts else Path()
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -176,8 +242,19 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _run_of(folder: Path, kind: str) -> dict[str, Any] | None:
-    """The record of the run whose result the folder is: `train` calls it as its kind."""
-    return _record(folder.parent / RUN) if folder.name == kind else None
+    """The record of the run whose result the folder is: `train` calls it as its kind. Local models and data have full paths."""
+    run = _record(folder.parent / RUN) if folder.name == kind else None
+    if run is None:
+        return None
+    config = run["config"]
+    where = _started_in(folder.parent, config["train"].get("output_dir"))
+
+    def full(name: str | None) -> str | None:
+        local = name is not None and name != "demo" and (where / Path(name).expanduser()).exists()
+        return str((where / Path(str(name)).expanduser()).resolve()) if local else name
+
+    data = {**config["data"], **{key: full(config["data"].get(key)) for key in ("path", "eval_path")}}
+    return {**run, "config": {**config, "model": full(config["model"]), "data": data}}
 
 
 def _record(path: Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lownibble import stored
 from lownibble.config import QuantConfig
 from lownibble.errors import ModelError, QuantizationError
 from lownibble.kernels import decoded
@@ -30,7 +31,7 @@ from lownibble.quant.grid import Steps
 from lownibble.quant.layouts import Layout, TensorSpec
 from lownibble.registry import CODECS
 
-MARKER = ".weight.packed."
+MARKER = stored.MARKER
 """Between path and quant_type in the name of the tensor that marks a packed layer in the common file format."""
 
 _DTYPES = {name: getattr(torch, name) for name in layouts.ITEMSIZE}
