@@ -114,6 +114,17 @@ def test_adapters_for_vllm_have_one_rank_and_one_scale(base, adapt, tmp_path):
         torch.testing.assert_close(model(ids).logits, live(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_outputs_are_named_by_the_folder_that_the_adapter_is(base, adapt, tmp_path, monkeypatch):
+    adapt(base, None, name="mine", target_modules=["q_proj"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "mine")
+    for number, source in enumerate((".", "~/mine")):
+        assert ln.export(source, f"~/vllm{number}", "vllm")["adapters"] == ["mine"]
+        ln.export(source, f"~/{number}.gguf", "gguf")
+        read = gguf.GGUFReader(tmp_path / f"{number}.gguf")
+        assert read.fields[gguf.Keys.General.NAME].contents() == "mine"
+
+
 def test_the_base_for_vllm_in_compressed_tensors(base, adapt, tmp_path):
     _, adapter = adapt(base, None, target_modules=["q_proj"])
     quant = {"quant_type": "int4"}

@@ -1,6 +1,7 @@
 """Merging. Oracles: the live adapter's own logits; PEFT's merge on a dense base; the model loaded again by transformers."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -578,6 +579,37 @@ def test_a_t5_merged_onto_nf4_loads_in_transformers(tmp_path, monkeypatch):
     assert stored["encoder.block.0.layer.0.SelfAttention.q.weight"].dtype == torch.uint8
     again, _ = ln.load(str(tmp_path / "merged"))
     assert {path.rpartition(".")[2] for path, m in again.named_modules() if hasattr(m, "facts")} >= {"q", "v", "wi_0"}
+
+
+@pytest.mark.parametrize("name", [".", "~/run/adapter", "link"])
+def test_an_adapter_by_another_name_has_the_record_of_its_run(write, adapt, rows, tmp_path, monkeypatch, name):
+    folder = write()
+    _, adapter = adapt(folder, None, name="run/adapter")
+    (tmp_path / "run" / "record.json").write_text(json.dumps({"config": {"data": {"path": rows}}}))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(adapter)
+    if name == "link":
+        (tmp_path / "link").symlink_to(adapter)
+        name = str(tmp_path / "link")
+    result = ln.merge(name, "~/merged", onto="original", measure_tokens=64)
+    assert result["measured"]["data"] == f"{rows} (of the run that made the adapter)"
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert ln.load_adapter(ln.load(str(folder))[0], name)
+
+
+def test_additional_chat_templates_go_with_the_tokenizer(write, adapt, tmp_path):
+    folder, several = write(), "additional_chat_templates"
+    _, adapter = adapt(folder, None)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for where, text in ((folder, "of the base"), (adapter, "of the adapter")):
+        tokenizer.chat_template = {"default": "plain", "tool_use": text}
+        tokenizer.save_pretrained(where)
+        left = tmp_path / ".merged.merging" / several
+        left.mkdir(parents=True)  # of one that was interrupted
+        (left / "old.jinja").write_text("old")
+        ln.merge(adapter, tmp_path / "merged", onto="original", measure_tokens=0)
+        assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
+        shutil.rmtree(tmp_path / "merged")
 
 
 @pytest.mark.slow

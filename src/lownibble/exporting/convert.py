@@ -26,7 +26,7 @@ from lownibble.exporting.merge import RECORD, check_free, write
 from lownibble.exporting.weights import DENSE_TARGETS, Tell, Weights, say_nothing
 from lownibble.lora.adapter_file import AdapterFile
 from lownibble.lora.apart import split
-from lownibble.lora.portable import CONFIG_FILE
+from lownibble.lora.portable import CONFIG_FILE, folder_of
 from lownibble.lora.provenance import other_weights
 from lownibble.models import ModelSource, resolve, skeleton
 from lownibble.models.checkpoint import Checkpoint
@@ -53,7 +53,7 @@ def export(source: str | Path, output: str | Path, format: str, **options: Any) 
 
 def run_export(config: ExportConfig, tell: Tell = say_nothing) -> dict[str, Any]:
     """`export` from an `ExportConfig`; `tell` receives progress."""
-    source, output = Path(config.source), _check(config)
+    source, output = folder_of(config.source), _check(config)
     started = {**record.new("export"), "status": "ok", "config": config.to_dict(), "output": str(output)}
     if config.format in ("ollama", "vllm"):
         return {**started, **_engine(config, source, output, tell)}
@@ -115,7 +115,7 @@ def _check_kept(source: str, measured: dict[str, Any] | None) -> None:
 
 
 def _check(config: ExportConfig) -> Path:
-    output = Path(config.output)
+    output = Path(config.output).expanduser()
     if config.format == "gguf":
         if output.exists():
             raise OutputError(f"'{output}' exists already. Choose another --output, a file such as model.gguf.")

@@ -35,7 +35,9 @@ RECORD, _STATE = "merge.json", ".merging.json"
 _LEFT_BEHIND = (
     "config.json", INDEX, "README.md", RECORD, "quantize_config.json", "quant_config.json", "hf_quant_config.json"
 )  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
 _TOKENIZER_FILES = (
+    _TEMPLATES,
     "tokenizer",
     "special_tokens_map",
     "added_tokens",
@@ -181,7 +183,7 @@ def _data(config: MergeConfig, adapter: AdapterFile) -> tuple[DataConfig, str, s
     """The rows to measure on, the objective that says how they are read, and where they are from."""
     if config.data.path != "run":
         return config.data, NEXT_TOKEN, config.data.path
-    run = adapter.folder.parent / "record.json"
+    run = adapter.folder.resolve().parent / "record.json"
     if run.is_file():
         try:
             options = json.loads(run.read_text())["config"]
@@ -258,7 +260,9 @@ def write(
             state = aside / _STATE
             resumed = state.is_file() and state.read_text() == identity
             for file in aside.iterdir():
-                if file.name != ".lock" and not (resumed and file.name in (_STATE, *shards)):
+                if file.is_dir():
+                    shutil.rmtree(file)
+                elif file.name != ".lock" and not (resumed and file.name in (_STATE, *shards)):
                     file.unlink()
             state.write_text(identity)
             todo = {name: entries for name, entries in shards.items() if not (aside / name).is_file()}
@@ -353,6 +357,8 @@ def _write_rest(
             other = origin is not tokenizer_first and own_tokenizer and file.name.startswith(_TOKENIZER_FILES)
             if file.is_file() and not left and not other:
                 shutil.copyfile(file, folder / file.name)
+            elif file.is_dir() and file.name == _TEMPLATES and not other:
+                shutil.copytree(file, folder / file.name)
     (folder / "config.json").write_text(json.dumps(_config_json(weights, onto), indent=2) + "\n")
     if set(shards) != {"model.safetensors"}:
         total = sum(entry.nbytes for entries in shards.values() for entry in entries.values())

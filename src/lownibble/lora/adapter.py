@@ -150,7 +150,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
             raise AdapterError(
                 f"'{key}' holds NaN or infinite values; nothing was written. Lower the learning rate and train again."
             )
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     entries = {key: tensorfile.Entry(value.dtype, tuple(value.shape)) for key, value in tensors.items()}
     facts, corrects = base_facts(model), info(model).adapters.corrects.get(name)

@@ -18,7 +18,7 @@ from lownibble.lora.configuration import read_values, to_config
 from lownibble.lora.experts import file_paths, is_experts, variant_for
 from lownibble.lora.inject import Plan, plan
 from lownibble.lora.layer import LoraLinear, sizes
-from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lownibble.lora.portable import CONFIG_FILE, PREFIX, WEIGHTS_FILE, folder_of
 from lownibble.lora.provenance import base_facts, from_metadata, other_codec
 from lownibble.lora.targets import rank_of
 from lownibble.lora.variants import Variant, variant_of
@@ -37,10 +37,11 @@ class AdapterFile:
     """
 
     def __init__(self, folder: str | Path) -> None:
+        self.folder = folder_of(folder)
+        self.path = self.folder / WEIGHTS_FILE
         values = read_values(folder)
-        self.config = to_config(Path(folder) / CONFIG_FILE, values)
+        self.config = to_config(self.folder / CONFIG_FILE, values)
         self.base, self.revision = values.get("base_model_name_or_path"), values.get("revision")
-        self.folder, self.path = Path(folder), Path(folder) / WEIGHTS_FILE
         self.made: dict[str, Callable[[], Tensor]] = {}
         if not self.path.exists():
             raise AdapterError(f"'{self.path}' is missing. Only safetensors adapters are read; convert others with PEFT.")

@@ -10,7 +10,7 @@ from typing import Any
 from lownibble.config import LoraConfig
 from lownibble.errors import AdapterError, ConfigError
 from lownibble.lora import portable
-from lownibble.lora.portable import CONFIG_FILE
+from lownibble.lora.portable import CONFIG_FILE, folder_of
 
 _INERT: dict[str, Any] = {
     "arrow_config": None, "auto_mapping": ..., "base_model_name_or_path": ...,
@@ -32,7 +32,7 @@ def read_config(folder: str | Path) -> LoraConfig:
     Raises:
         AdapterError: no such file, not JSON, not LoRA, or it uses something Lownibble does not implement (named).
     """
-    return to_config(Path(folder) / CONFIG_FILE, read_values(folder))
+    return to_config(folder_of(folder) / CONFIG_FILE, read_values(folder))
 
 
 def read_values(folder: str | Path) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def read_values(folder: str | Path) -> dict[str, Any]:
     Raises:
         AdapterError: there is none, or it is no JSON object.
     """
-    path = Path(folder) / CONFIG_FILE
+    path = folder_of(folder) / CONFIG_FILE
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -32,6 +33,12 @@ TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w
 """Names in `target_modules` that PEFT (0.18 and later) takes for experts' on mixtures."""
 
 _ESCAPED = re.escape(OF_LINEAR)
+
+
+def folder_of(path: str | Path) -> Path:
+    """The folder called `path`, `~` expanded, and one that is called '.' or '..' by its own name, which outputs are named by."""
+    folder = Path(path).expanduser()
+    return folder if folder.name not in ("", "..") else folder.resolve()
 
 
 def named(model: nn.Module, config: LoraConfig, name: str) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def _make(config: RunConfig, rows: Dataset, sharding: Sharding | None) -> tuple[
     info(model).merge_aware = config.quant if config.merge_aware else None
     if config.adapter is not None and sharding is None:
         load_adapter(model, config.adapter, trainable=True)
-        weights = Path(config.adapter) / WEIGHTS_FILE
+        weights = Path(config.adapter).expanduser() / WEIGHTS_FILE
         with weights.open("rb") as file:
             info(model).started_from = hashlib.file_digest(file, "sha256").hexdigest()
     elif config.method != "full" and sharding is None:
