@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import lownibble as ln
 from lownibble.cli.main import main
-from lownibble.errors import AdapterError, ConfigError, ModelError
+from lownibble.errors import AdapterError, ConfigError, ModelError, OutputError
 from lownibble.exporting.engines import chat_pieces, modelfile
 
 TEMPLATES = {
@@ -178,6 +178,17 @@ def test_what_fails_leaves_the_output_free(base, adapt, tmp_path, monkeypatch, f
             ln.export(adapter, output, form)
         assert output.is_dir() == was_there
         assert not list(output.glob("*"))
+
+
+def test_of_a_base_that_does_not_fit_nothing_is_said_to_be_kept(base, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lownibble.exporting.merge.tensorfile.write", full)
+    for _ in range(2):
+        with pytest.raises(OutputError, match=r"No space left on device. Free some space, or choose another --output"):
+            ln.export(base, tmp_path / "out", "vllm", quant={"quant_type": "int4"})
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("tied", [True, False])

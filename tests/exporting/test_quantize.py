@@ -71,15 +71,11 @@ def test_a_pattern_chooses_no_codec_beside_bits(tmp_path):
     QuantizeConfig(bits=4.0, output=str(tmp_path), quant=QuantConfig(pattern={"down_proj": {"block_size": 32}}))
 
 
-@pytest.mark.parametrize(
-    "quant", [QUANT, QuantConfig(block_size=32), QuantConfig(quant_type="int8", block_size="row", double_quant=False)]
-)
-def test_by_gptq_it_is_what_the_whole_model_in_memory_gives(base, rows, tmp_path, quant):
-    record = ln.quantize_model(str(base), tmp_path / "out", calibration=str(rows), quant=quant, **OPTIONS)
+def packed_in_memory(base, rows, quant, paths):
+    """The layers at `paths` packed by GPTQ with the whole model in memory."""
     model, tokenizer = ln.load(str(base))
     data = DataConfig(path=str(rows))
     joined = join_rows([row.input_ids for row in encode(read(str(rows))[0], tokenizer, data, 600).examples], 600, 32)
-    paths = [path for path, module in model.named_modules() if is_linear(module) and path != "lm_head"]
 
     def visit(found):
         for path, moments in found.items():
@@ -90,8 +86,17 @@ def test_by_gptq_it_is_what_the_whole_model_in_memory_gives(base, rows, tmp_path
             setattr(model.get_submodule(parent), last, QuantLinear(round_again(W, moments, nearest)))
 
     walk(model, joined, paths, visit)
+    return packed_layers(model)
+
+
+@pytest.mark.parametrize(
+    "quant", [QUANT, QuantConfig(block_size=32), QuantConfig(quant_type="int8", block_size="row", double_quant=False)]
+)
+def test_by_gptq_it_is_what_the_whole_model_in_memory_gives(base, rows, tmp_path, quant):
+    record = ln.quantize_model(str(base), tmp_path / "out", calibration=str(rows), quant=quant, **OPTIONS)
+    paths = [path for path, module in ln.load(str(base))[0].named_modules() if is_linear(module) and path != "lm_head"]
     found, _ = ln.load(str(tmp_path / "out"))
-    equal(packed_layers(found), packed_layers(model))
+    equal(packed_layers(found), packed_in_memory(base, rows, quant, paths))
     assert record["error_over_rtn_median"] < 1
     assert not record["rounded_to_nearest"]
     assert set(record["output_errors"]) == set(paths)
@@ -182,6 +187,68 @@ def test_an_interrupted_run_keeps_the_layers_that_are_finished(base, rows, tmp_p
     calls.clear()
     ln.quantize_model(str(base), tmp_path / "other", **{**options, "quant": QuantConfig(block_size=32)})
     assert len(calls) == 14
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}"])
+def test_a_damaged_file_of_a_finished_layer_is_made_again(base, rows, tmp_path, monkeypatch, damage):
+    """As a power cut may leave one."""
+    options = {"calibration": str(rows), "quant": QUANT, **OPTIONS}
+    ln.quantize_model(str(base), tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizing, "write", full)
+        with pytest.raises(OutputError, match="finished layers are kept"):
+            ln.quantize_model(str(base), tmp_path / "out", **options)
+    next(tmp_path.glob(".out.gptq/*.safetensors")).write_bytes(damage)
+    synced = []
+    monkeypatch.setattr("lownibble.exporting.merge.os.fsync", lambda number: synced.append(number))
+    ln.quantize_model(str(base), tmp_path / "out", **options)
+    assert len(synced) >= 2, "the layer's file and the checkpoint"
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_layer_without_inputs_is_rounded_to_nearest(base, rows, tmp_path):
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.self_attn.v_proj.weight"].zero_()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    record = ln.quantize_model(str(base), tmp_path / "out", calibration=str(rows), quant=QUANT, **OPTIONS)
+    dead = "model.layers.0.self_attn.o_proj"
+    assert record["rounded_to_nearest"] == [dead]
+    assert len(record["output_errors"]) == 13
+    ours, nearest = ln.load(str(tmp_path / "out"))[0], ln.load(str(base), quant=QUANT)[0]
+    equal({dead: ours.get_submodule(dead)}, {dead: nearest.get_submodule(dead)})
+
+
+def test_a_checkpoint_that_names_the_tied_tensor_by_the_head(base, rows, tmp_path):
+    ln.quantize_model(str(base), tmp_path / "usual", calibration=str(rows), quant=QUANT, **OPTIONS)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    ln.quantize_model(str(base), tmp_path / "out", calibration=str(rows), quant=QUANT, **OPTIONS)
+    equal(*(packed_layers(ln.load(str(tmp_path / name))[0]) for name in ("out", "usual")))
+
+
+def test_a_block_that_several_layers_share(tokenizer, tiny, tmp_path):
+    """Zamba2's: its layers stay dense, and adapters of each use are layers of their own."""
+    sizes = {
+        "mamba_d_state": 8, "n_mamba_heads": 4, "mamba_ngroups": 1, "num_hidden_layers": 4, "num_mem_blocks": 1,
+        "layers_block_type": ["mamba", "hybrid"] * 2, "adapter_rank": 8, "attention_hidden_size": 128, "attention_head_dim": 32,
+        "kv_channels": 16, "hidden_size": 64, "intermediate_size": 128,
+    }  # fmt: skip
+    drawn = torch.randint(0, 90, (60, 14), generator=torch.Generator().manual_seed(4)).tolist()
+    rows, model = tmp_path / "rows.jsonl", tmp_path / "zamba"
+    rows.write_text("".join(json.dumps({"text": " ".join(f"w{i}" for i in row)}) + "\n" for row in drawn))
+    tiny("zamba2", **sizes).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    quant = QuantConfig(quant_type="int4", block_size=32, double_quant=False)
+    record = ln.quantize_model(str(model), tmp_path / "out", calibration=str(rows), quant=quant, format="lownibble", **OPTIONS)
+    found = packed_layers(ln.load(str(tmp_path / "out"))[0])
+    assert list(record["output_errors"]) == list(found)
+    assert {"in_proj", "out_proj"} <= {path.rpartition(".")[2] for path in found}
+    equal(found, packed_in_memory(model, rows, quant, list(found)))
 
 
 def test_what_cannot_be_quantised_is_said(base, rows, tmp_path):

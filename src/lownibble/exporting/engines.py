@@ -25,7 +25,7 @@ from lownibble import stored
 from lownibble.config import QuantConfig, QuantizeConfig
 from lownibble.data.chat import ChatRenderer
 from lownibble.data.ends import turn_ends
-from lownibble.errors import AdapterError, ConfigError, DataError, ModelError
+from lownibble.errors import AdapterError, ConfigError, DataError, ModelError, OutputError
 from lownibble.exporting import gguf
 from lownibble.exporting.quantize import run_quantize
 from lownibble.exporting.weights import Tell, Weights, say_nothing
@@ -133,10 +133,13 @@ def _all_or_nothing(output: Path) -> Iterator[None]:
     try:
         output.mkdir(parents=True, exist_ok=True)
         yield
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(output, ignore_errors=True)
         if was_there:
             output.mkdir(exist_ok=True)
+        if isinstance(error, OutputError) and isinstance(error.__cause__, OSError):  # it says that finished parts are kept
+            why = error.__cause__
+            raise OutputError(f"Cannot write '{output}': {why}. Free some space, or choose another --output.") from why
         raise
 
 

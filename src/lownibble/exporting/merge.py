@@ -12,10 +12,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from lownibble import record, stored, tensorfile
 from lownibble.config import NEXT_TOKEN, PACKED, PREFERENCE, DataConfig, MergeConfig, QuantConfig, TrainConfig
@@ -334,9 +336,14 @@ def _write_shard(weights: Weights, onto: str, path: Path, entries: dict[str, ten
                 yield key, 0, tensor.contiguous()
             del made, tensor
 
+    write_whole(path, entries, parts())
+
+
+def write_whole(path: Path, entries: dict[str, tensorfile.Entry], parts: Iterable[tuple[str, int, Tensor]]) -> None:
+    """`tensorfile.write` of a file that is there whole or not at all, after a power cut, too."""
     part = path.with_name(f"{path.name}.part")
     try:
-        tensorfile.write(part, entries, parts(), {"format": "pt"})
+        tensorfile.write(part, entries, parts, {"format": "pt"})
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)

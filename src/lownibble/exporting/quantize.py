@@ -9,7 +9,8 @@ interrupted run keeps the layers that are finished.
 With `bits` each layer first gets a codec of its own (`calibration/mixed.py`). That takes one pass for gradients, with the model
 packed in memory, and one over the dense layers.
 
-Layers outside of the decoder layers, and the experts of mixtures, are rounded to nearest.
+Layers outside of the decoder layers, those whose inputs are all zero, and the experts of mixtures are rounded to nearest.
+Parameters that several modules share (tied embeddings, a block that is used in several layers) are in memory all along.
 
 The checkpoint is in a layout that others load (`models/formats/write.py`): bitsandbytes', compressed-tensors' or GPTQ's, or in
 our own where none holds the codecs. What a layout holds of the scales is known before codes are chosen.
@@ -38,8 +39,8 @@ from lownibble.calibration.gptq import round_again
 from lownibble.calibration.mixed import candidates, check_budget, choose, loss_increase, sample_tokens
 from lownibble.config import NEXT_TOKEN, DataConfig, QuantConfig, QuantizeConfig, TrainConfig
 from lownibble.data import encode_for, read, recipe_for, sequences_of
-from lownibble.errors import ConfigError, InputError, OutputError, QuantizationError
-from lownibble.exporting.merge import check_free, write
+from lownibble.errors import ConfigError, InputError, ModelError, OutputError, QuantizationError
+from lownibble.exporting.merge import check_free, write, write_whole
 from lownibble.exporting.weights import Tell, Weights, say_nothing
 from lownibble.memory.usage import trim_heap
 from lownibble.models import ModelSource, load_tokenizer, pick_device, resolve, skeleton
@@ -254,13 +255,13 @@ def _pack_layers(
             linear: Any = model.get_submodule(path)
             weight, how = matrix(linear).float(), config.quant.for_layer(path)
             dtype = weights.kept_dtype(f"{path}.weight")
-            nearest = weights.writer.quantize(weight, how, dtype, name=path, statistics=moments.diagonal)
-            kept = _file(folder, path).exists()
-            made = _read(folder, path, config.quant) if kept else _by_gptq(weight, moments, nearest, path)
-            if not kept:
-                _write(folder, path, made)
+            made = nearest = weights.writer.quantize(weight, how, dtype, name=path, statistics=moments.diagonal)
+            if moments.diagonal.any():  # else no rounding is better than another
+                made = _kept(folder, path, config.quant) or _by_gptq(weight, moments, nearest, path)
+                if not _file(folder, path).exists():
+                    _write(folder, path, made)
+                errors[path] = _error(weight, made.to(weight.device), moments), _error(weight, nearest, moments)
             made = made.to(weight.device).with_dtype(linear.weight.dtype)
-            errors[path] = _error(weight, made, moments), _error(weight, nearest, moments)
             parent, _, last = path.rpartition(".")
             setattr(model.get_submodule(parent), last, QuantLinear(made, linear.bias))
 
@@ -289,10 +290,11 @@ def _walk_layers(
     inside = {layer: [path for path in packed if path.startswith(f"{layer}.")] for layer in layers}
     if not any(inside.values()):
         raise ConfigError(f"The decoder layers of {type(model).__name__} are not known. Use --method rtn, without --bits.")
-    names = list(tensors.dense())
+    names, shared = list(tensors.dense()), {*tensors.shared.values()}
     head = model.get_output_embeddings()
     unused = {f"{path}.{name}" for path, module in model.named_modules() if module is head for name in ("weight", "bias")}
-    place(model, tensors, [n for n in names if n not in unused and not _is_inside(n, layers)], device, dtype)
+    outside = [name for name in names if name in shared or not (name in unused or _is_inside(name, layers))]
+    place(model, tensors, outside, device, dtype)
     place_shared(model, tensors)
     done = 0
 
@@ -300,7 +302,7 @@ def _walk_layers(
     def around(layer: str) -> Iterator[None]:
         nonlocal done
         tell(done, len(layers))
-        place(model, tensors, [name for name in names if name.startswith(f"{layer}.")], device, dtype)
+        place(model, tensors, [name for name in names if name.startswith(f"{layer}.") and name not in shared], device, dtype)
         for path in stacks:
             if path.startswith(f"{layer}."):
                 pack_experts(model, path, config.quant.for_layer(path))
@@ -353,9 +355,18 @@ def _file(folder: Path, path: str) -> Path:
 def _write(folder: Path, path: str, packed: PackedWeight) -> None:
     tensors = {key: tensor.cpu() for key, tensor in packed_files.pack(path, packed).items()}
     entries = {key: tensorfile.Entry(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    part = folder / f"{path}.part"
-    tensorfile.write(part, entries, ((key, 0, tensor.contiguous()) for key, tensor in tensors.items()), {"format": "pt"})
-    part.replace(_file(folder, path))
+    write_whole(_file(folder, path), entries, ((key, 0, tensor.contiguous()) for key, tensor in tensors.items()))
+
+
+def _kept(folder: Path, path: str, quant: QuantConfig) -> PackedWeight | None:
+    """The packed weight in a layer's file of an earlier run; None if there is none, or it is damaged, which is then removed."""
+    try:
+        return _read(folder, path, quant)
+    except KeyError:
+        return None
+    except (SafetensorError, ModelError):
+        _file(folder, path).unlink()
+        return None
 
 
 def _read(folder: Path, path: str, quant: QuantConfig) -> PackedWeight:
