@@ -368,6 +368,12 @@ def test_what_cannot_be_written_is_said(write, model_folder, adapt, tiny, tmp_pa
     tensors = load_file(big / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
     save_file(tensors, big / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"up_proj.weight' does not fit float16: values overflow"):
+    with pytest.raises(ModelError, match=r"up_proj.weight' does not fit float16: values overflow. Take --dtype bfloat16 or q8_0"):
         ln.export(big, tmp_path / "output", "gguf")
+    narrow = model_folder(name="narrow", head_dim=10)
+    tensors = load_file(narrow / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.weight"][0, 0] = 1e5
+    save_file(tensors, narrow / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"o_proj.weight' does not fit float16: .* Take --dtype float32 or bfloat16\."):
+        ln.export(narrow, tmp_path / "output", "gguf", dtype="q8_0")
     assert not list(tmp_path.glob(".*"))

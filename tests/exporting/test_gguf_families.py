@@ -1,6 +1,8 @@
 """GGUF files of families of another shape than Llama's. Oracles: transformers' GGUF loader, where it knows the family; else the
 `gguf` reader, with llama.cpp's changes taken back here, into the model that it was."""
 
+import json
+
 import gguf
 import pytest
 import torch
@@ -99,6 +101,33 @@ def test_what_llama_cpp_needs_to_know_is_in_the_file(model_folder, tmp_path):
         assert found == pytest.approx(facts), kind
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_a_window_as_wide_as_the_model_is_said_where_llama_cpp_has_a_default(model_folder, tmp_path, kind):
+    folder = model_folder(kind, **NARROW, sliding_window=8192, max_position_embeddings=8192)
+    ln.export(folder, tmp_path / "model.gguf", "gguf")
+    found = gguf.GGUFReader(tmp_path / "model.gguf").fields[f"{ARCHITECTURES[kind].name}.attention.sliding_window"]
+    assert found.contents() == 8192
+
+
+@pytest.mark.parametrize(("kind", "name"), [("gemma", "gelu"), ("llama", "swish")])
+def test_other_names_of_the_same_function_are_written(model_folder, tmp_path, kind, name):
+    """Gemma's own configurations say 'gelu' for the tanh approximation."""
+    folder = model_folder(kind, **FAMILIES.get(kind, {}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": name}))
+    assert ln.export(folder, tmp_path / "model.gguf", "gguf")["architecture"] == kind
+
+
+def test_adapters_on_conv1d_are_read_back(model_folder, adapt, batch, tmp_path):
+    folder = model_folder("gpt2")
+    live, adapter = adapt(folder, None, target_modules=["c_attn", "c_fc", "c_proj"])
+    ln.export(adapter, tmp_path / "adapter.gguf", "gguf")
+    ln.export(tmp_path / "adapter.gguf", tmp_path / "again", "peft")
+    again = ln.load_adapter(ln.load(str(folder))[0], tmp_path / "again").eval()
+    torch.testing.assert_close(logits(again, batch), logits(live, batch), rtol=0, atol=1e-4)
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "says"),
     [
@@ -106,6 +135,15 @@ def test_what_llama_cpp_needs_to_know_is_in_the_file(model_folder, tmp_path):
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm = False only"),
         ("starcoder2", {"sliding_window": 8, "max_position_embeddings": 64}, "A sliding window cannot be written"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = False only"),
+        ("gemma", {"hidden_act": "relu"}, "hidden_act = 'gelu_pytorch_tanh' only, and this model's is 'relu'"),
+        *(
+            (kind, {"hidden_act": "gelu", "norm_topk_prob": True}, "hidden_act = 'silu' only, and this model's is 'gelu'")
+            for kind in ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granite", "phi3", "olmo2")
+        ),
+        *(
+            ("gemma2", {**NARROW, key: None}, f"computes gemma2 with {key} always, and this model has none")
+            for key in ("attn_logit_softcapping", "final_logit_softcapping")
+        ),
     ],
 )
 def test_what_llama_cpp_has_otherwise_is_refused(model_folder, tmp_path, kind, options, says):

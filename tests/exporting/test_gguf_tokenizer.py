@@ -1,6 +1,8 @@
 """Which tokenizers are written as GGUF, and as what. Oracle: the pieces that llama.cpp cuts a text into, by regular expressions
 that are applied one after another (its unicode_regex_split), are those of the tokenizer."""
 
+import json
+
 import gguf
 import pytest
 from test_export import TEXT
@@ -82,8 +84,13 @@ def by_llama_cpp(name, text):
 
 
 def written(core, folder):
-    """Key of the metadata -> value."""
+    """The `metadata` of this tokenizer."""
     PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>").save_pretrained(folder)
+    return metadata(folder)
+
+
+def metadata(folder):
+    """Key of the metadata -> value."""
     writer = gguf.GGUFWriter(None, "llama")
     add_tokenizer(writer, folder, 400)
     return {key.removeprefix("tokenizer.ggml."): entry.value for part in writer.kv_data for key, entry in part.items()}
@@ -135,3 +142,7 @@ def test_whether_a_text_begins_with_bos_is_said(tmp_path, begins):
         core.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
     assert (core.encode("a").ids[0] == 0) == begins
     assert written(core, tmp_path)["add_bos_token"] is begins
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    entry = {"__type": "AddedToken", "content": "<s>", "special": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": entry}))
+    assert metadata(tmp_path)["add_bos_token"] is begins, "older files have the whole token"

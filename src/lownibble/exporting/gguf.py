@@ -51,6 +51,7 @@ from lownibble.lora.targets import scale_of
 from lownibble.lora.variants import LORA, Variant
 from lownibble.models import ModelSource, experts
 from lownibble.models.load import tied_aliases
+from lownibble.quant import is_linear, is_transposed
 from lownibble.stored import TRAINED_ON
 
 
@@ -63,7 +64,8 @@ class Architecture(NamedTuple):
         experts: how the rows of gate and up lie in the experts' `gate_up_proj`: 'halves' or 'interleaved'; '': no experts.
         shifted: whether norms multiply by 1 + w.
         facts: option of config.json -> the method of `GGUFWriter` that writes it; without a value it is left out.
-        fixed: option -> the only value that llama.cpp's code has; or a function of the configuration that gives it.
+        fixed: option -> the only value that llama.cpp's code has, or a tuple of the names of it; or a function of the
+            configuration that gives it.
         window: whether it has sliding windows.
     """
 
@@ -85,6 +87,7 @@ def _every(n: int) -> Callable[[Any], list[str]]:
     return kinds
 
 
+_SILU: Mapping[str, Any] = {"hidden_act": ("silu", "swish")}
 _EXPERTS: Mapping[str, Any] = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
 _CAPS = {"attn_logit_softcapping": "add_attn_logit_softcapping", "final_logit_softcapping": "add_final_logit_softcapping"}
 _GELU = {"hidden_activation": "gelu_pytorch_tanh"}
@@ -92,14 +95,14 @@ INVOCATION = "adapter.alora.invocation_tokens"
 """llama.cpp's key, for an array of unsigned numbers."""
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", pairs=True),
-    "mistral": Architecture("llama", pairs=True, window=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
-    "mixtral": Architecture("llama", pairs=True, experts="halves", fixed=_EXPERTS),
-    "qwen3_moe": Architecture("qwen3moe", experts="halves", fixed=_EXPERTS),
+    "llama": Architecture("llama", pairs=True, fixed=_SILU),
+    "mistral": Architecture("llama", pairs=True, fixed=_SILU, window=True),
+    "qwen2": Architecture("qwen2", fixed=_SILU),
+    "qwen3": Architecture("qwen3", fixed=_SILU),
+    "mixtral": Architecture("llama", pairs=True, experts="halves", fixed={**_EXPERTS, **_SILU}),
+    "qwen3_moe": Architecture("qwen3moe", experts="halves", fixed={**_EXPERTS, **_SILU}),
     "gpt_oss": Architecture("gpt-oss", experts="interleaved", fixed={**_EXPERTS, "layer_types": _every(2)}, window=True),
-    "gemma": Architecture("gemma", shifted=True),
+    "gemma": Architecture("gemma", shifted=True, fixed={"hidden_act": ("gelu_pytorch_tanh", "gelu")}),  # its own say 'gelu'
     "gemma2": Architecture(
         "gemma2", shifted=True, facts=_CAPS, window=True,
         fixed={**_GELU, "query_pre_attn_scalar": lambda config: _head_dim(config), "layer_types": _every(2)},
@@ -113,13 +116,12 @@ ARCHITECTURES = {
     ),
     "phi": Architecture("phi2", fixed={"qk_layernorm": False, "hidden_act": "gelu_new"}),
     "phi3": Architecture(
-        "phi3", facts={"original_max_position_embeddings": "add_rope_scaling_orig_ctx_len"}, fixed={"hidden_act": "silu"},
-        window=True,
+        "phi3", facts={"original_max_position_embeddings": "add_rope_scaling_orig_ctx_len"}, fixed=_SILU, window=True
     ),
-    "glm": Architecture("chatglm", fixed={"hidden_act": "silu"}),
-    "glm4": Architecture("glm4", fixed={"hidden_act": "silu"}),
+    "glm": Architecture("chatglm", fixed=_SILU),
+    "glm4": Architecture("glm4", fixed=_SILU),
     "granite": Architecture(
-        "granite", pairs=True,
+        "granite", pairs=True, fixed=_SILU,
         facts={
             "attention_multiplier": "add_attention_scale", "embedding_multiplier": "add_embedding_scale",
             "residual_multiplier": "add_residual_scale", "logits_scaling": "add_logit_scale",
@@ -127,9 +129,9 @@ ARCHITECTURES = {
     ),
     "starcoder2": Architecture("starcoder2", fixed={"hidden_act": "gelu_pytorch_tanh"}),
     "stablelm": Architecture(
-        "stablelm", facts={"use_parallel_residual": "add_parallel_residual"}, fixed={"qk_layernorm": False, "hidden_act": "silu"}
+        "stablelm", facts={"use_parallel_residual": "add_parallel_residual"}, fixed={"qk_layernorm": False, **_SILU}
     ),
-    "olmo2": Architecture("olmo2", fixed={"hidden_act": "silu"}),
+    "olmo2": Architecture("olmo2", fixed=_SILU),
     "nemotron": Architecture("nemotron", shifted=True, fixed={"hidden_act": "relu2"}),
     "gpt2": Architecture("gpt2", fixed={"activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False}),
 }  # fmt: skip
@@ -262,7 +264,8 @@ def read_adapter(path: Path, base: Any, output: Path) -> dict[str, Any]:
     if found != architecture.name:
         raise AdapterError(f"'{path}' is an adapter for {found}, and the base is {architecture.name}. Name its own with --base.")
     names = _names(base.config, architecture)
-    path_of = {names(f"{p}.weight"): p for p, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    linears = {path: module for path, module in base.named_modules() if is_linear(module)}
+    path_of = {names(f"{path}.weight"): path for path in linears}
     tensors, ranks = {}, {}
     for tensor in reader.tensors:
         target, _, which = tensor.name.rpartition(".lora_")
@@ -289,7 +292,8 @@ def read_adapter(path: Path, base: Any, output: Path) -> dict[str, Any]:
     )  # fmt: skip
     facts = trained_on(path) or {}
     model = {"base_model_name_or_path": facts.get("model"), "revision": facts.get("revision")}
-    written = {"peft_type": "LORA", "task_type": "CAUSAL_LM", **model, **config.to_dict()}
+    turned = {"fan_in_fan_out": True} if any(is_transposed(linears[path]) for path in ranks) else {}
+    written = {"peft_type": "LORA", "task_type": "CAUSAL_LM", **model, **turned, **config.to_dict()}
     aside = output.parent / f".{output.name}.part"
     try:
         aside.mkdir(parents=True, exist_ok=True)
@@ -382,11 +386,17 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
     """
     architecture = ARCHITECTURES[kind]
     for key, value in architecture.fixed.items():
-        wanted = value(config) if callable(value) else value
-        if getattr(config, key, wanted) != wanted:
+        wanted = value if isinstance(value, tuple) else (value(config) if callable(value) else value,)
+        if getattr(config, key, wanted[0]) not in wanted:
             raise ModelError(
-                f"llama.cpp has {config.model_type} with {key} = {wanted!r} only, and this model's is {getattr(config, key)!r}. "
-                "Write safetensors (lownibble merge)."
+                f"llama.cpp has {config.model_type} with {key} = {wanted[0]!r} only, and this model's is "
+                f"{getattr(config, key)!r}. Write safetensors (lownibble merge)."
+            )
+    for key in _CAPS.keys() & architecture.facts.keys():
+        if getattr(config, key) is None:
+            raise ModelError(
+                f"llama.cpp computes {config.model_type} with {key} always, and this model has none. Write safetensors "
+                "(lownibble merge)."
             )
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -411,7 +421,7 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
     if kind != "gpt2":
         _add_rope(writer, config, kind)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window and window < config.max_position_embeddings:
+    if window and (window < config.max_position_embeddings or "layer_types" in architecture.fixed):  # else llama.cpp's default
         if not architecture.window:
             raise ModelError("A sliding window cannot be written as GGUF for this architecture. Use llama.cpp's own conversion.")
         writer.add_sliding_window(window)
@@ -500,7 +510,8 @@ def _encoded(values: Tensor, how: Type, name: str) -> np.ndarray[Any, Any]:
         with np.errstate(over="ignore"):
             half = array.astype(np.float16)
         if not np.isfinite(half).all():
-            raise ModelError(f"'{name}' does not fit float16: values overflow. Take --dtype bfloat16 or q8_0.")
+            others = "float32 or bfloat16" if values.shape[-1] % _Q8_BLOCK else "bfloat16 or q8_0"
+            raise ModelError(f"'{name}' does not fit float16: values overflow. Take --dtype {others}.")
         return half
     encoded: np.ndarray[Any, Any] = gguf.quantize(array, how)
     return encoded

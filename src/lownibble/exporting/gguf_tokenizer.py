@@ -2,7 +2,8 @@
 
 Only tokenizers known to tokenize identically are written: BPE with byte fallback, or with a pre-tokenizer in `PRE_TOKENIZERS`,
 every option of each step included. As in llama.cpp's own conversion, tokens differ for text that is not in NFC, where the
-tokenizer normalizes to it, and with byte fallback for text that begins with a space.
+tokenizer normalizes to it, and with byte fallback for text that begins with a space. Whether a word that is a token is taken
+whole, though merges do not lead to it (`ignore_merges`), llama.cpp knows by the pre-tokenizer's name alone.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+from tokenizers import Tokenizer
 
 from lownibble.errors import ModelError
+from lownibble.stored import read_json
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -83,7 +86,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> Non
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
-    special.add_special_token.setdefault("bos", False)  # unsaid, llama.cpp puts one before the text for some names
+    if not isinstance(read_json(folder / "tokenizer_config.json").get("add_bos_token"), bool):
+        begins = Tokenizer.from_file(str(file)).encode("a").ids[:1] == [special.special_token_ids.get("bos")]
+        special.add_special_token["bos"] = begins  # unsaid, llama.cpp puts one before the text for some names
     special.add_to_gguf(writer, quiet=True)
 
 
