@@ -295,6 +295,23 @@ def test_skipped_modules_stay_dense(folder):
     assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
 
 
+@pytest.mark.parametrize(("family", "options"), [("llama", {"attention_bias": True}), ("gpt2", {})])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dequantized_model_is_a_dense_one(write, batch, tmp_path, family, options, dtype):
+    model = load(write(family, **options))
+    expected = logits(model, batch)
+    dense = model.dequantize(dtype=dtype)
+    assert not packed(dense)
+    assert not hasattr(dense.config, "quantization_config")
+    linear = dense.transformer.h[0].mlp.c_fc if family == "gpt2" else dense.model.layers[0].mlp.up_proj
+    assert linear.weight.dtype == dtype
+    if dtype == torch.float32:
+        torch.testing.assert_close(logits(dense, batch), expected, rtol=0, atol=2e-5)
+        dense.save_pretrained(tmp_path / "dense")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype).eval()
+        torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=2e-5)
+
+
 def test_bad_options_and_weights(tiny, folder, tmp_path):
     with pytest.raises(ConfigError, match="The 'quant_type' of QuantConfig must be"):
         NF4Config(quant_type="nf5")

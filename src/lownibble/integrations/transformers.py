@@ -32,6 +32,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -357,6 +358,19 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             each for each in model._weight_conversions
             if not any(isinstance(op, _Deserialize) for op in getattr(each, "operations", ()))
         ]  # fmt: skip
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """What `model.dequantize()` does: dense layers with the values that the packed ones compute with, in `dtype`."""
+        packed = [(path, module) for path, module in model.named_modules() if isinstance(module, NF4Linear)]
+        for path, module in packed:
+            weight, turned = module.dequantize().to(dtype or model.dtype), module.transposed
+            sizes = (module.out_features, module.in_features) if turned else (module.in_features, module.out_features)
+            with torch.device("meta"):
+                dense: Any = Conv1D(*sizes) if turned else nn.Linear(*sizes)
+            dense.weight = nn.Parameter(weight.t().contiguous() if turned else weight)
+            dense.bias = None if module.bias is None else nn.Parameter(module.bias.data.to(weight.dtype))
+            model.set_submodule(path, dense.train(module.training))
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
