@@ -344,3 +344,9 @@ def test_bad_toml_names_the_file(tmp_path):
 def test_a_resolved_configuration_survives_json():
     config = RunConfig(lora=LoraConfig(rank_pattern={"q_proj": 2}), data="rows.jsonl")
     assert RunConfig(**config.to_dict()) == config
+
+
+def test_the_output_folder_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert TrainConfig(output_dir="~/runs/first").output_dir == "/home/me/runs/first"
+    assert TrainConfig(output_dir="runs/~first").output_dir == "runs/~first"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -343,7 +344,7 @@ class TrainConfig(Options):
     seed: Annotated[int, Ge(0), Lt(2**32)] = Field(0, description="seed of data order, initialisation and dropout")
     eval_steps: Annotated[int, Ge(1)] | None = Field(None, description="evaluate every so many steps; default: before and after")
     save_steps: Annotated[int, Ge(1)] | None = Field(None, description="checkpoint every so many steps; default: at the end")
-    output_dir: str | None = Field(
+    output_dir: Annotated[str, AfterValidator(os.path.expanduser)] | None = Field(
         None,
         description="folder for adapter, record and checkpoints; default on the command line: a new one below runs/",
         json_schema_extra={"flag": "output"},
