@@ -333,6 +333,10 @@ def test_damaged_files_and_records_of_runs_that_failed(adapter, hub):
     (adapter / "record.json").write_text('{"kind": "train", "status": "failed", "error": "boom"}')
     push(adapter, "me/x", base="org/base")
     assert "boom" not in hub.repos["me/x"]["files"]["README.md"].decode()
+    rewritten(adapter / "adapter" / "adapter_config.json", base_model_name_or_path="org/base")
+    (adapter / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=r"adapter_model.safetensors' cannot be read"):
+        push(adapter, "me/y")
     for text in ("{", "[]"):
         (adapter / "adapter" / "adapter_config.json").write_text(text)
         with pytest.raises(ConfigError, match=r"adapter_config.json' (cannot be read|is no JSON object)"):

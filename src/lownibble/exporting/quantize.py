@@ -256,12 +256,14 @@ def _pack_layers(
             weight, how = matrix(linear).float(), config.quant.for_layer(path)
             dtype = weights.kept_dtype(f"{path}.weight")
             made = nearest = weights.writer.quantize(weight, how, dtype, name=path, statistics=moments.diagonal)
-            if moments.diagonal.any():  # else no rounding is better than another
+            has_inputs = bool(moments.diagonal.any())  # else no rounding is better than another
+            if has_inputs:
                 made = _kept(folder, path, config.quant) or _by_gptq(weight, moments, nearest, path)
                 if not _file(folder, path).exists():
                     _write(folder, path, made)
-                errors[path] = _error(weight, made.to(weight.device), moments), _error(weight, nearest, moments)
             made = made.to(weight.device).with_dtype(linear.weight.dtype)
+            if has_inputs:
+                errors[path] = _error(weight, made, moments), _error(weight, nearest, moments)
             parent, _, last = path.rpartition(".")
             setattr(model.get_submodule(parent), last, QuantLinear(made, linear.bias))
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # httpx's or httpx2's, by the version
 from huggingface_hub.utils._validators import validate_repo_id
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from lownibble.config import PushConfig, RunConfig
 from lownibble.errors import ConfigError, HubError, OutputError
@@ -211,7 +211,7 @@ def _subject(folder: Path, config: PushConfig) -> Subject:
 def _revision(folder: Path, described: dict[str, Any]) -> str | None:
     """The revision of its base that an adapter was trained on, where it names one."""
     if (folder / WEIGHTS).is_file() and described.get("revision") is None:
-        with safe_open(folder / WEIGHTS, "np") as file:
+        with _opened(folder / WEIGHTS) as file:
             return _facts(file.metadata() or {}).get("revision")
     return described.get("revision")
 
@@ -219,10 +219,17 @@ def _revision(folder: Path, described: dict[str, Any]) -> str | None:
 def _has_packed_experts(folder: Path) -> bool:
     """Whether a checkpoint of our own holds the experts of a mixture packed: facts of theirs have their number."""
     for each in sorted(folder.glob("*.safetensors")):
-        with safe_open(each, "np") as file:
+        with _opened(each) as file:
             if any(MARKER in key and b'"experts"' in file.get_tensor(key).tobytes() for key in sorted(file.keys())):
                 return True
     return False
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "np")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"'{path}' cannot be read: {error}. Write the adapter or the model again.") from None
 
 
 def _started_in(folder: Path, written: str | None) -> Path:
