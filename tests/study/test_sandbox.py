@@ -26,6 +26,7 @@ HONEST = [
 WRONG = [
     "assert 1 == 2", "raise SystemExit(0)", "import os; os._exit(0)", "import sys; sys.exit()", "this is no python", "1 / 0",
     "raise KeyboardInterrupt", "import does_not_exist", "\x00", "import os; os.abort()",
+    "raise SystemExit(70)", "import os; os._exit(70)", "import os; os.lseek(3, 0, 0); os.write(3, b'x'); os._exit(70)",
 ]  # fmt: skip
 
 
@@ -137,6 +138,27 @@ def test_memory_is_limited(program):
     free = psutil.virtual_memory().available
     assert not run(program, memory_bytes=300 << 20).passed
     assert psutil.virtual_memory().available > free - 2**30
+
+
+def test_an_answer_is_a_few_bytes_whatever_the_program_writes_to_it():
+    flood = """
+    import os, time
+    written = os.write(3, b"x" * 10**6)
+    try:
+        os.write(3, b"x")
+    except OSError:
+        os._exit(9)
+    time.sleep(99)
+    """
+    assert run(textwrap.dedent(flood), seconds=3.0) == (False, "an exception, or it left before its end")
+
+
+def test_a_kernel_without_filters_is_said(monkeypatch, tmp_path):
+    """The process says nothing then. Oracle: one that exits as it does on such a machine."""
+    (tmp_path / "sandboxed.py").write_text("raise SystemExit(70)")
+    monkeypatch.setattr(sandbox, "__file__", str(tmp_path / "sandbox.py"))
+    with pytest.raises(sandbox.ConfigError, match="cannot lock a process in"):
+        run("pass")
 
 
 def test_it_cannot_be_unlocked():

@@ -3,7 +3,8 @@
 `sandboxed.py` defines what a program can do: compute, and read files. This module gives the process an empty folder, a minimal
 environment (PATH, LC_ALL), no terminal, and a timeout after which it is killed. A program passes if it runs to its end: the
 process then writes a token that it was given and the program was not, so that exiting early does not pass (a program that
-searches the stack frames above its own for the token could cheat the score, not the machine). Its output is discarded.
+searches the stack frames above its own for the token could cheat the score, not the machine). Its output is discarded; what the
+process itself answers is kept in a few bytes of memory, which is all that a program can write.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lownibble.errors import ConfigError
-from lownibble.study.sandboxed import UNABLE
+from lownibble.study.sandboxed import ANSWER_BYTES, LOCKED, UNABLE
 
 MEMORY_BYTES = 1 << 30
 SECONDS = 10.0
@@ -58,20 +59,22 @@ def run(program: str, *, seconds: float = SECONDS, memory_bytes: int = MEMORY_BY
     token = secrets.token_hex(16)
     given = json.dumps({"program": program, "token": token, "memory_bytes": memory_bytes, "seconds": int(seconds) + 1})
     child = Path(__file__).with_name("sandboxed.py")
-    with tempfile.TemporaryDirectory(prefix="program-") as folder:
+    with tempfile.TemporaryDirectory(prefix="program-") as folder, os.fdopen(os.memfd_create("answer"), "rb") as answer:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(child)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, cwd=folder, env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"}, start_new_session=True,
+            [sys.executable, "-I", "-S", "-B", str(child)], stdin=subprocess.PIPE, stdout=answer, stderr=subprocess.DEVNULL,
+            cwd=folder, env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"}, start_new_session=True,
         )  # fmt: skip
         try:
-            said, _ = process.communicate(given.encode(), timeout=seconds)
+            process.communicate(given.encode(), timeout=seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             return Outcome(False, f"not done after {seconds:g} s")
-    if process.returncode == UNABLE:
+        answer.seek(0)
+        said = answer.read(ANSWER_BYTES)
+    if process.returncode == UNABLE and not said:
         raise ConfigError("This kernel cannot lock a process in (seccomp filters), so generated programs are not run.")
-    if said == token.encode() and process.returncode == 0:
+    if said == LOCKED + token.encode() and process.returncode == 0:
         return Outcome(True, "")
     if process.returncode < 0:
         return Outcome(False, f"ended by {signal.Signals(-process.returncode).name}")

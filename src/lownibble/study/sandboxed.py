@@ -1,9 +1,10 @@
 """The sandboxed process that runs one generated program; started by `sandbox.py`, imports only the standard library.
 
-Reads a JSON document from standard input (program, token, limits), sandboxes itself, runs the program, and writes the token to
-standard output if the program ended without an exception. The sandbox is a seccomp filter, an allow-list of system calls: others
-fail with EPERM. Files can be read but not written, created or deleted; there are no sockets, no processes, no threads, no signals
-to others. The kernel limits CPU time and memory (rlimits). All of it is inherited and cannot be undone. No privileges are needed.
+Reads a JSON document from standard input (program, token, limits), sandboxes itself, says so on standard output, runs the
+program, and writes the token there if that ended without an exception. The sandbox is a seccomp filter, an allow-list of system
+calls: others fail with EPERM. Files can be read but not written, created or deleted; there are no sockets, no processes, no
+threads, no signals to others. The kernel limits CPU time and memory (rlimits). All of it is inherited and cannot be undone. No
+privileges are needed.
 """
 
 import ctypes
@@ -16,7 +17,13 @@ import struct
 import sys
 
 UNABLE = 70
-"""Exit code if the kernel or the architecture has no such filter."""
+"""Exit code if the kernel or the architecture has no such filter. A program may exit with it, too, but is `LOCKED` in by then."""
+
+LOCKED = b"locked "
+"""What is written before the program begins."""
+
+ANSWER_BYTES = 64
+"""Maximum length of what can be written to standard output, by the program, too."""
 
 _ALLOWED = {
     "x86_64": {
@@ -77,8 +84,8 @@ class _Program(ctypes.Structure):
 
 def _lock(memory_bytes: int, seconds: int) -> None:
     limits = {
-        resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_CPU: seconds, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_CPU: seconds, resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: ANSWER_BYTES, resource.RLIMIT_NOFILE: 64,
     }  # fmt: skip
     for what, most in limits.items():
         resource.setrlimit(what, (most, most))
@@ -104,6 +111,7 @@ def main() -> None:
     os.dup2(null, 2)
     sys.argv = ["program"]
     _lock(given["memory_bytes"], given["seconds"])
+    os.write(answer, LOCKED)
     exec(compile(text, "program", "exec"), {"__name__": "__main__"})
     os.write(answer, token.encode())
 
