@@ -178,6 +178,24 @@ def test_a_comparison_of_other_rows_does_not_go_on(tiny_model, tiny_data, tmp_pa
     assert ran == ["lora", "qlora"]
 
 
+def test_rows_that_change_while_it_runs_end_a_comparison(tiny_model, tiny_data, tmp_path, monkeypatch):
+    rows = shutil.copytree(tiny_data, tmp_path / "rows")
+    [file] = rows.glob("train.*")
+    ran = []
+
+    def stand_in(run, ranks=1):
+        ran.append(run.method)
+        if len(ran) == 2:
+            file.write_text(file.read_text().replace("film", "book"))
+        digests = {f"{n}_digest": side.digest for n, side in zip(("train", "eval"), load(run.data), strict=True)}
+        return {"status": "failed", "error": "not run", "config": run.to_dict(), "data": digests}
+
+    monkeypatch.setattr(comparing, "run_in_processes", stand_in)
+    with pytest.raises(DataError, match="rows' changed while the comparison ran"):
+        compare(_config(tiny_model, rows, tmp_path / "cmp", methods=["lora", "qlora"]))
+    assert ran == ["lora", "qlora"]
+
+
 def test_errors_with_brackets_are_shown_as_they_are(capsys):
     error = "ends with [/INST] [enforce fail at alloc_cpu.cpp:113]"
     console_of(Namespace(json=False)).print(comparison_table([{"method": "lora", "status": "failed", "error": error}]))
@@ -299,7 +317,7 @@ def test_seeds_are_paired_and_exact_qlora_is_added_where_qlora_computes_in_8_bit
     assert not comparing._is_added(config.with_options(seeds=1), runs)
     runs["qlora"]["model"]["compute"] = ["exact"]
     assert not comparing._is_added(config, runs)
-    monkeypatch.setattr(comparing, "_run", lambda name, config, dense, gpus: asked.append((name, config.train)) or finished(name))
+    monkeypatch.setattr(comparing, "_run", lambda name, config, *_: asked.append((name, config.train)) or finished(name))
     asked.clear()
     configs = {name: comparing._run_config(config, name, tmp_path) for name in ("lora", "qlora+exact")}
     pairs = comparing._over_seeds(config, configs, configs, [finished(name) for name in configs], {}, 1)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from tiny_folders import write_t5
 from lownibble.config import QuantConfig
 from lownibble.errors import ConfigError, DataError, ModelError, OutputError, TargetError
 from lownibble.exporting.convert import export
-from lownibble.study import cell, devices, executors, jobs, processes
+from lownibble.study import bases, cell, devices, executors, jobs, processes
 from lownibble.study.analysis import analyse
 from lownibble.study.records import read_record
 from lownibble.study.report import study_page
@@ -379,6 +380,71 @@ def test_what_cannot_be_used_is_said_before_anything_is_run(study, tmp_path, rep
     with pytest.raises(kind, match=words):
         run_study(study(**replaced), tmp_path / "out", **options)
     assert not (tmp_path / "out" / "cells").exists()
+
+
+FEW = {"seeds = [0, 1]": "seeds = [0]", "max_steps = 3": "max_steps = 1", "qlora = {": "# qlora = {"}
+NO_SEARCH = {"learning_rates = [1e-3, 1e-2]": "learning_rates = []"}
+
+
+def changing(monkeypatch, at, change):
+    """Let `change` happen before the run with this index."""
+    worked_on, runs = jobs.JOBS["cell"], []
+
+    def work(job):
+        runs.append(job)
+        if len(runs) == at + 1:
+            change()
+        return worked_on(job)
+
+    monkeypatch.setitem(jobs.JOBS, "cell", work)
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_rows_that_change_while_it_runs_end_a_study(study, tiny_data, tmp_path, here, monkeypatch, searched):
+    """Also in the search, whose evaluation rows are fewer. Oracle: every record that is kept is of the rows it names."""
+    rows = shutil.copytree(tiny_data, tmp_path / "rows")
+    test = rows / "test.jsonl"
+    search = "learning_rates = [1e-3, 1e-2]\nmax_eval_rows = 8" if searched else "learning_rates = []"
+    file = study(**{"max_steps = 3": "max_steps = 1", "qlora = {": "# qlora = {", "learning_rates = [1e-3, 1e-2]": search})
+    file.write_text(file.read_text().replace(str(tiny_data), str(rows)))
+    changing(monkeypatch, 1, lambda: test.write_text(test.read_text().replace("positive", "negative", 3)))
+    with pytest.raises(DataError, match="The rows of the task 'sentiment' changed while the study ran"):
+        run_study(file, tmp_path / "out")
+    [kept] = records(tmp_path / "out").values()
+    assert kept["data"]["eval_rows"] == (8 if searched else len(test.read_text().splitlines()))
+    run_study(file, tmp_path / "out")  # with the rows as they are now
+    assert {record["status"] for record in records(tmp_path / "out").values()} == {"ok"}
+    assert len(records(tmp_path / "out")) == 1 + (4 if searched else 2)
+
+
+def test_a_model_that_changes_while_it_runs_ends_a_study(study, tiny_model, tmp_path, here, monkeypatch):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    file = study(**FEW, **NO_SEARCH)
+    file.write_text(file.read_text().replace(str(tiny_model), str(model)))
+    changing(monkeypatch, 0, lambda: (model / "generation_config.json").touch())  # the same bytes
+    run_study(file, tmp_path / "touched")
+    changing(monkeypatch, 0, lambda: (model / "generation_config.json").write_text("{}"))
+    with pytest.raises(ModelError, match="model' changed while the study ran"):
+        run_study(file, tmp_path / "out")
+    assert records(tmp_path / "out") == {}
+
+
+def test_a_base_that_was_packed_of_changed_rows_is_removed(study, tiny_data, tmp_path, here, monkeypatch):
+    rows = shutil.copytree(tiny_data, tmp_path / "rows")
+    train = rows / "train.jsonl"
+    gptq = 'g = { method = "qlora", quantize = { rounding = "gptq", calibration_tokens = 256 }, quant = { block_size = 32 } }\n#'
+    file = study(**{**FEW, "qlora = {": gptq, "lora = { method": "# lora = { method"}, **NO_SEARCH)
+    file.write_text(file.read_text().replace(str(tiny_data), str(rows)))
+
+    def packing(job):
+        train.write_text(train.read_text().replace("positive", "negative", 3))
+        return bases.pack(job)
+
+    monkeypatch.setitem(jobs.JOBS, "base", packing)
+    with pytest.raises(DataError, match="The rows of the task 'sentiment' changed"):
+        run_study(file, tmp_path / "out")
+    assert list((tmp_path / "out" / "bases").iterdir()) == []
+    assert records(tmp_path / "out") == {}
 
 
 def test_a_method_that_cannot_train_on_quantised_weights_is_refused(study, tiny_model, tmp_path):

@@ -99,7 +99,7 @@ def on_base(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def pack(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Do a job of `job`; returns the record of packing.
+    """Do a job of `job`; returns the record of packing, with the digest of the rows that it read.
 
     Raises:
         LownibbleError: as `run_quantize`.
@@ -119,4 +119,5 @@ def pack(spec: Mapping[str, Any]) -> dict[str, Any]:
     source = resolve(config.model, config.revision)
     length = row_length(skeleton(source, torch.float32), how.max_length)
     tokenizer, rows = load_tokenizer(source), load(config.data)[0]
-    return run_quantize(how, rows=calibration_rows(config, rows, tokenizer, how.calibration_tokens, length, how.seed))
+    found = run_quantize(how, rows=calibration_rows(config, rows, tokenizer, how.calibration_tokens, length, how.seed))
+    return {**found, "data": {"train_digest": rows.digest}}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import tempfile
 from datetime import datetime
@@ -29,7 +30,7 @@ from lownibble import record, stored
 from lownibble.config import NEXT_TOKEN, CompareConfig, RunConfig, method_named
 from lownibble.data import encode_for
 from lownibble.data import load as load_data
-from lownibble.errors import ConfigError, OutputError, TrainingError
+from lownibble.errors import ConfigError, DataError, OutputError, TrainingError
 from lownibble.lora import plan
 from lownibble.lora.activated import for_shapes
 from lownibble.measuring.stats import crossing
@@ -53,6 +54,7 @@ def compare(config: CompareConfig | None = None, *, gpus_per_cell: int = 1) -> d
         InputError: the configuration, the data or the model cannot be used by any method; nothing was run.
         OutputError: the output folder holds another run and `resume` is off, or a finished run with other options or of other
             rows; or another process is using it.
+        DataError: the rows changed while it ran.
     """
     config = config or CompareConfig()
     folder = Path(config.train.output_dir or f"runs/compare-{datetime.now():%Y%m%d-%H%M%S}")
@@ -72,13 +74,13 @@ def _compare(config: CompareConfig, folder: Path, left_out: dict[str, str], gpus
         _check_finished(run, method, rows, on_base=run.model != config.model)
     runs = [
         {"config": run.to_dict(), "status": "left out", "error": left_out[method]} if method in left_out
-        else _run(method, run, dense[method], gpus_per_cell)
+        else _run(method, run, dense[method], rows, gpus_per_cell)
         for method, run in configs.items()
     ]  # fmt: skip
     if _is_added(config, dict(zip(configs, runs, strict=True))):
         added = _run_config(config, advice.EXACT, folder)
         _check_finished(added, advice.EXACT, rows, on_base=False)
-        runs.append(_run(advice.EXACT, added, added, gpus_per_cell))
+        runs.append(_run(advice.EXACT, added, added, rows, gpus_per_cell))
         configs[advice.EXACT] = dense[advice.EXACT] = added
     summaries = [{**summarize(run), "method": method} for method, run in zip(configs, runs, strict=True)]
     pairs = _over_seeds(config, configs, dense, runs, rows, gpus_per_cell) if config.seeds > 1 else None
@@ -123,7 +125,7 @@ def _over_seeds(
         for name in results:
             again, unpacked = (_with_seed(of[name], seed) for of in (configs, dense))
             _check_finished(again, name, rows, on_base=again.model != config.model)
-            run = _run(name, again, unpacked, gpus)
+            run = _run(name, again, unpacked, rows, gpus)
             if run["status"] == "ok":
                 results[name][seed] = _scores(run)
             else:
@@ -209,8 +211,13 @@ def _on_bases(config: CompareConfig, configs: dict[str, RunConfig], folder: Path
     return {name: bases.on_base(run, folder / "bases" / names[name]) if name in names else run for name, run in configs.items()}
 
 
-def _run(name: str, config: RunConfig, dense: RunConfig, gpus: int) -> dict[str, Any]:
-    """The record of a method's run, after its base was packed, where the method asks for that. `dense`: before that."""
+def _run(name: str, config: RunConfig, dense: RunConfig, rows: dict[str, str], gpus: int) -> dict[str, Any]:
+    """The record of a method's run, after its base was packed, where the method asks for that. `dense`: before that.
+
+    Raises:
+        DataError: it read other rows than those of the digests `rows`.
+    """
+    changed = f"The rows of '{config.data.path}' changed while the comparison ran. Start it again with a new --output."
     if found := _finished(config):
         return found
     if how := method_named(name).quantize:
@@ -222,7 +229,18 @@ def _run(name: str, config: RunConfig, dense: RunConfig, gpus: int) -> dict[str,
                 failure = failed(config, f"Its base could not be packed: {packed['error']}")
                 record.write(Path(config.train.output_dir or ".") / "record.json", failure)
                 return failure
-    return run_in_processes(config, gpus)
+            if not _is_of(rows, packed):
+                shutil.rmtree(base)
+                raise DataError(changed)
+    found = run_in_processes(config, gpus)
+    if not _is_of(rows, found):
+        raise DataError(changed)
+    return found
+
+
+def _is_of(rows: dict[str, str], found: dict[str, Any]) -> bool:
+    """Whether a record names no other rows than those with these digests."""
+    return all(found.get("data", {}).get(name, digest) == digest for name, digest in rows.items())
 
 
 _FREE = ("output_dir", "report_to", "resume", "save_steps", "memory_budget", "parallel", "fsdp_cpu_offload")

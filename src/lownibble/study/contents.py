@@ -1,13 +1,15 @@
 """Resolve the names in a study file: check that rows fit their task and that models exist, and compute a digest of each.
 
 A cell's digest is of these digests and not of the paths, so that a study can be moved, and changed rows make new cells. Errors
-that would make cells fail are raised here if they can be found before anything is run.
+that would make cells fail are raised here if they can be found before anything is run. `Began` sees that runs had those rows and
+models: a record under the digest of others would never be made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ import torch
 from lownibble import stored
 from lownibble.config import DataConfig
 from lownibble.data import Dataset, choices, encode, load, read_sides
-from lownibble.errors import ConfigError, DataError
+from lownibble.errors import ConfigError, DataError, ModelError
 from lownibble.lora import plan
 from lownibble.lora.activated import for_shapes
 from lownibble.models import load_tokenizer, resolve, skeleton
@@ -54,6 +56,44 @@ def look(cells: Iterable[Cell]) -> Contents:
             check_rows(cell.task, cell.kind, sides, load_tokenizer(source), config.data, config.train.max_length)
         seen |= {key, (cell.model, cell.method)}
     return Contents(models, data)
+
+
+class Began:
+    """The rows and models that a study began with."""
+
+    def __init__(self, contents: Contents, cells: Iterable[Cell]) -> None:
+        """Args:
+        contents: of `look`. cells: all that are run.
+        """
+        self._models = contents.models
+        self._stamps: dict[str, list[tuple[str, int, int]]] = {}
+        self._rows: dict[tuple[str, bool], dict[str, str]] = {}
+        for cell in cells:
+            if cell.model not in self._stamps:
+                self._stamps[cell.model] = digests.stamp(cell.config.model)
+            if (cell.task, cell.tuning) not in self._rows:
+                train, evaluation = contents.data[cell.task]
+                if cell.contents[2] != evaluation:  # the learning rate search takes fewer of them
+                    evaluation = load_rows(cell.task, cell.kind, cell.config.data)[1].digest
+                self._rows[cell.task, cell.tuning] = {"train_digest": train, "eval_digest": evaluation}
+
+    def check(self, cell: Cell, found: Mapping[str, Any]) -> None:
+        """Check that a cell's run, or its base, was made of these, by its record and by the model's files.
+
+        Raises:
+            DataError: the rows have changed. ModelError: the model has.
+        """
+        said, then = (
+            found.get("data", {}),
+            "The record of that run was not kept. Run the study again: its cells are new ones then.",
+        )
+        if any(said.get(name, digest) != digest for name, digest in self._rows[cell.task, cell.tuning].items()):
+            raise DataError(f"The rows of the task '{cell.task}' changed while the study ran. {then}")
+        model, now = cell.config.model, digests.stamp(cell.config.model)
+        if now != self._stamps[cell.model]:
+            if digests.of_model(model, Path(model).expanduser()) != self._models[cell.model]:
+                raise ModelError(f"The model '{model}' changed while the study ran. {then}")
+            self._stamps[cell.model] = now
 
 
 def load_rows(task: str, kind: str, data: DataConfig) -> tuple[Dataset, Dataset]:

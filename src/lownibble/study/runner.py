@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lownibble import record
-from lownibble.errors import ConfigError, OutputError
+from lownibble.errors import ConfigError, InputError, OutputError
 from lownibble.study import bases, devices, reruns
-from lownibble.study.contents import look
+from lownibble.study.contents import Began, look
 from lownibble.study.decide import comparisons, decide, planned_looks, still_needed
 from lownibble.study.durations import Durations, Kind, kind_of
 from lownibble.study.executors import EXECUTORS, Started, nobody_told
@@ -58,6 +58,7 @@ def run_study(
     Raises:
         InputError: the file, its data or its models cannot be used; nothing was run.
         OutputError: the folder cannot be written, or another process is using it.
+        DataError, ModelError: rows or a model changed while it ran; what had ended before is kept.
     """
     if executor not in EXECUTORS:
         raise ConfigError(f"There is no executor '{executor}'. Give one of {', '.join(EXECUTORS)}.")
@@ -103,6 +104,7 @@ class _Study:
         self.spec, self.contents, self.folder, self.jobs = spec, contents, folder, jobs
         self.gpus, self.executor = gpus, executor
         self.grid = list(tuning_cells(spec, contents))
+        self.began = Began(contents, [*self.grid, *cells(spec, contents=contents)])
         self.shown = _Shown(folder, jobs, Durations([*self.grid, *cells(spec)], here=executor == "local" and gpus == 1))
 
     def run(self, again: int) -> dict[str, Any]:
@@ -195,6 +197,8 @@ class _Study:
         return EXECUTORS[self.executor](work, jobs or self.jobs, self.gpus, started)
 
     def _ended(self, cell: Cell, found: dict[str, Any]) -> None:
+        if found["status"] == "ok":
+            self.began.check(cell, found)
         self._keep(f"cells/{cell.digest}.json", _of_cell(cell, found))
         self.shown.ended(cell, found)
 
@@ -214,6 +218,8 @@ class _Study:
             self._ran_again(work[index], found)
 
     def _ran_again(self, cell: Cell, found: dict[str, Any]) -> None:
+        if found["status"] == "ok":
+            self.began.check(cell, found)
         self._keep(str(reruns.file_of(self.folder, cell.digest).relative_to(self.folder)), _of_cell(cell, found))
         how = found.get("error") or ", ".join(f"{name} {value:.3f}" for name, value in found["result"]["scores"].items())
         self.shown.say(f"again: {cell.task} x {cell.method} x seed {cell.seed}: {how}")
@@ -229,6 +235,11 @@ class _Study:
             if found["status"] != "ok":
                 failed[name] = {**found, "error": f"Its base could not be packed: {found['error']}"}
             else:
+                try:
+                    self.began.check(cell, found)
+                except InputError:
+                    shutil.rmtree(self._base(name))
+                    raise
                 self.shown.say(f"base {name}: packed for {cell.task} x {cell.method}")
         return failed
 
