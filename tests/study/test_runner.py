@@ -374,6 +374,15 @@ def test_one_study_in_a_folder_at_a_time(study, tmp_path, no_turns):
             "no labels to choose from",
         ),
         ({'tiny = "': 'tiny = "/nowhere'}, {}, ModelError, "There is no model"),
+        (
+            {
+                'data = "ROWS"': 'data = { path = "ROWS", overlength = "drop" }',
+                "block_size = 32 } }": "block_size = 32 }, train = { max_length = 9 } }",
+            },
+            {},
+            ConfigError,
+            "'lora' and 'qlora' cannot be compared on the task 'sentiment': with max_length 32 and 9",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_said_before_anything_is_run(study, tmp_path, replaced, options, kind, words):
@@ -445,6 +454,18 @@ def test_a_base_that_was_packed_of_changed_rows_is_removed(study, tiny_data, tmp
         run_study(file, tmp_path / "out")
     assert list((tmp_path / "out" / "bases").iterdir()) == []
     assert records(tmp_path / "out") == {}
+
+
+def test_methods_may_differ_in_the_prompts_that_they_see(study, tmp_path, here):
+    """A shorter length that leaves rows and labels as they are cuts prompts alone."""
+    short = {
+        "block_size = 32 } }": "block_size = 32 }, train = { max_length = 9 } }",
+        'data = "ROWS"': 'data = { path = "ROWS", overlength = "cut" }',
+    }
+    run_study(
+        study(**short, **NO_SEARCH, **{"seeds = [0, 1]": "seeds = [0]", "max_steps = 3": "max_steps = 1"}), tmp_path / "out"
+    )
+    assert {record["status"] for record in records(tmp_path / "out").values()} == {"ok"}
 
 
 def test_a_method_that_cannot_train_on_quantised_weights_is_refused(study, tiny_model, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from lownibble import stored
 from lownibble.config import DataConfig
-from lownibble.data import Dataset, choices, encode, load, read_sides
+from lownibble.data import Dataset, Encoded, choices, encode, load, read_sides
 from lownibble.errors import ConfigError, DataError, ModelError
 from lownibble.lora import plan
 from lownibble.lora.activated import for_shapes
@@ -34,11 +35,13 @@ def look(cells: Iterable[Cell]) -> Contents:
         DataError: rows are missing, invalid, or do not fit their task.
         ModelError: a model is missing, or its tokenizer lacks what the rows need.
         TargetError: the LoRA targets match nothing.
-        ConfigError: a method cannot train on weights as they are stored; a task's scorer is not installed, or cannot run.
+        ConfigError: a method cannot train on weights as they are stored, or would be scored on other rows or tokens of a task
+            than the other methods; a task's scorer is not installed, or cannot run.
     """
     models: dict[str, str] = {}
     data: dict[str, tuple[str, str]] = {}
     seen: set[tuple[object, ...]] = set()
+    scored: dict[tuple[str, str], tuple[Cell, str]] = {}
     for cell in cells:
         config = cell.config
         source = resolve(config.model, config.revision)
@@ -53,7 +56,15 @@ def look(cells: Iterable[Cell]) -> Contents:
         if key not in seen:
             sides = load_rows(cell.task, cell.kind, config.data)
             data[cell.task] = (sides[0].digest, sides[1].digest)
-            check_rows(cell.task, cell.kind, sides, load_tokenizer(source), config.data, config.train.max_length)
+            encoded = check_rows(cell.task, cell.kind, sides, load_tokenizer(source), config.data, config.train.max_length)
+            labels = _labels(encoded)
+            other, theirs = scored.setdefault((cell.model, cell.task), (cell, labels))
+            if theirs != labels:
+                raise ConfigError(
+                    f"The methods '{other.method}' and '{cell.method}' cannot be compared on the task '{cell.task}': with "
+                    f"max_length {other.config.train.max_length} and {config.train.max_length} they would be scored on different "
+                    "evaluation rows or tokens. Give both a max_length that cuts neither, or the same one."
+                )
         seen |= {key, (cell.model, cell.method)}
     return Contents(models, data)
 
@@ -108,14 +119,23 @@ def load_rows(task: str, kind: str, data: DataConfig) -> tuple[Dataset, Dataset]
     return load(data)
 
 
-def check_rows(task: str, kind: str, sides: tuple[Dataset, Dataset], tokenizer: Any, data: DataConfig, max_length: int) -> None:
-    """Raise the errors that training on these rows and scoring them would raise.
+def _labels(encoded: Encoded) -> str:
+    """A digest of what evaluation rows are scored on: their origins and label tokens."""
+    rows = [(row.origin, list(compress(row.input_ids, row.is_label))) for row in encoded.examples]
+    return digests.of_values({"rows": rows})
+
+
+def check_rows(
+    task: str, kind: str, sides: tuple[Dataset, Dataset], tokenizer: Any, data: DataConfig, max_length: int
+) -> Encoded:  # fmt: skip
+    """Raise the errors that training on these rows and scoring them would raise; returns the encoded evaluation rows.
 
     Raises:
         DataError: they are not rows of that kind. ConfigError, ModelError: as `encode` and `score_answers`.
     """
     asked = KINDS[kind]
-    forms = {encode(side, tokenizer, data, max_length).form for side in sides}
+    encoded = [encode(side, tokenizer, data, max_length) for side in sides]
+    forms = {side.form for side in encoded}
     if kind == "language-modelling" and forms != {"text"}:
         raise DataError(f"The rows of the task '{task}' are {', '.join(forms)}, not text alone. Leave their other columns out.")
     if asked.scored_by == "likelihood" and choices(*sides, tokenizer, data, max_length) is None:
@@ -126,3 +146,4 @@ def check_rows(task: str, kind: str, sides: tuple[Dataset, Dataset], tokenizer: 
     if asked.scored_by == "generation":
         rows = sides[1].rows[:1] if kind.startswith("code") else sides[1].rows  # running programs is slow
         score_answers(kind, replace(sides[1], rows=rows), [""] * len(rows))
+    return encoded[1]

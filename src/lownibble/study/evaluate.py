@@ -14,7 +14,7 @@ from typing import Any
 
 from lownibble import record
 from lownibble.config import DataConfig, EvalConfig, QuantConfig
-from lownibble.data import choices, encode, end_tokens
+from lownibble.data import choices, end_tokens
 from lownibble.errors import ConfigError, InputError, TrainingError
 from lownibble.lora import load_adapter
 from lownibble.lora.activated import activated, warning_of_evaluation
@@ -73,10 +73,8 @@ def _task(config: EvalConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
     if Path(data.path).expanduser().is_file() and data.eval_path is None:
         data = data.with_options(eval_path=data.path)  # all rows of a single file are scored
     sides = load_rows(kind, kind, data)
-    check_rows(kind, kind, sides, tokenizer, data, length)
-    rows = sides[1]
+    encoded, rows = check_rows(kind, kind, sides, tokenizer, data, length), sides[1]
     asked = choices(*sides, tokenizer, data, length) if KINDS[kind].scored_by == "likelihood" else None
-    encoded = encode(rows, tokenizer, data, length)
     check_tokens(model, [encoded])
     check_positions(model, [encoded])
     evaluator = Evaluator(encoded.examples, asked, collator(model, tokenizer), config.train.batch_size, model.device)
