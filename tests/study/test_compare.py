@@ -268,6 +268,12 @@ def _results(**accuracy):
     }  # fmt: skip
 
 
+def test_losses_of_zero_are_told_apart():
+    runs = [{"correct": [], "eval_loss": loss} for loss in (0.0, 0.25)]
+    assert advice.better_in_quality(*runs)[1].startswith("evaluation loss differs by -100.0 %")
+    assert advice.better_in_quality(*reversed(runs))[1].startswith("evaluation loss differs by +0.25, of one seed")
+
+
 def test_over_seeds_only_what_is_shown_counts_and_what_could_have_been_is_told():
     """Oracle: the mixed model on the same rows. 4 points between noisy seeds are inside their error, 40 are not."""
     summaries = [_summary("lora", 100, 10), _summary("qlora+exact", 62, 5), _summary("qlora", 60, 9)]

@@ -506,6 +506,25 @@ def far_apart(monkeypatch):
     monkeypatch.setitem(jobs.JOBS, "cell", scored)
 
 
+def test_numbers_of_seeds_at_which_a_study_was_decided_are_kept(study, tmp_path, no_turns, monkeypatch):
+    """Not those of one seed, which decides nothing, nor of other cells. Cells are stood in for."""
+
+    def scored(job):
+        result = {"scores": {"loss": 1.0, "accuracy": 0.5}, "row_scores": {}, "evaluations": []}
+        memory = {"train_peak_bytes": 1, "load_peak_bytes": 1}
+        return {"status": "ok", "result": result, "measured": {"seconds": 1.0, "memory": memory}}
+
+    def told(seeds, steps=3):
+        changes = {"seeds = [0, 1]": f"seeds = {seeds}", "max_steps = 3": f"max_steps = {steps}"}
+        return run_study(study(**NO_SEARCH, **changes), tmp_path / "out")["decided"]
+
+    monkeypatch.setitem(jobs.JOBS, "cell", scored)
+    assert told([0]) == []
+    assert told([0, 1]) == told([0, 1]) == [[2]]
+    assert told([0, 1, 2]) == [[2], [3]]
+    assert told([0, 1, 2], steps=4) == [[3]]
+
+
 @pytest.mark.slow
 def test_without_looks_no_seed_is_left_out(study, tmp_path, here, far_apart):
     """Also where a study is extended, or was interrupted, after seeds that would decide."""

@@ -317,6 +317,132 @@ def test_models_are_told_apart(tmp_path):
     assert "reviews on n" in text
 
 
+def edited(folder, change, which="*"):
+    """Change the records of these cells in place."""
+    for file in folder.glob(f"cells/{which}.json"):
+        found = json.loads(file.read_text())
+        if "result" in found:
+            change(found)
+            file.write_text(json.dumps(found))
+    return folder
+
+
+def test_decisions_before_the_last_seed_are_provisional(tmp_path, monkeypatch):
+    """Each report of a study without looks has the whole 5%."""
+    monkeypatch.setitem(ACCURACY, "qlora", [0.60, 0.61, 0.60])
+    summary = study_page.write(made(tmp_path / "part", leave_out=[("full", 2)]))
+    assert pair(summary, "lora", "qlora")["decision"] == {"shown": DIFFERENT, "seeds": 3, "looked": 1, "provisional": True}
+    assert study_page.verdict(pair(summary, "lora", "qlora")) == "lora better (provisional)"
+    assert "qlora shown to be worse in accuracy so far" in summary["groups"][0]["reason"]
+    for page in ("report.md", "report.html"):
+        text = (tmp_path / "part" / page).read_text()
+        assert "Decisions are provisional while runs are missing" in text
+        assert "lora better, provisional" in text
+        assert "0 of 3 planned comparisons are decided" in text
+    study_page.write(made(tmp_path / "whole", fail=[("full", 2)]))  # a failed run has ended
+    assert "provisional" not in (tmp_path / "whole" / "report.html").read_text()
+
+
+def test_a_study_that_was_decided_with_fewer_seeds_says_so(tmp_path):
+    folder = made(tmp_path / "s")
+    study = json.loads((folder / "study.json").read_text())
+    for decided in ([[3]], [[2], [3]]):
+        (folder / "study.json").write_text(json.dumps({**study, "decided": decided}))
+        study_page.write(folder)
+        for page in ("report.md", "report.html"):
+            said = "This study was decided before, after 2 seeds" in (folder / page).read_text()
+            assert said == (len(decided) > 1)
+
+
+def test_what_cannot_be_compared_is_named_and_counted_as_planned(tmp_path):
+    fail = [("qlora", seed) for seed in range(3)]
+    summary = study_page.write(made(tmp_path / "s", fail=fail))
+    assert summary["groups"][0]["not_compared"] == [
+        {"a": name, "b": "qlora", "why": "no seed finished with both"} for name in ("full", "lora")
+    ]
+    text = (tmp_path / "s" / "report.md").read_text()
+    assert " of 3 planned comparisons are decided" in text
+    assert "not compared; no seed finished with both" in text
+
+
+def test_methods_without_a_common_seed_are_not_recommended_over_one_another(tmp_path):
+    apart = [("lora", 0), ("qlora", 1), ("qlora", 2)]
+    summary = study_page.write(made(tmp_path / "two", methods=("lora", "qlora"), fail=apart))
+    group = summary["groups"][0]
+    assert (group["advice"], group["reason"]) == (None, "lora, qlora: not compared with one another.")
+    assert "**No recommendation**" in (tmp_path / "two" / "report.md").read_text()
+    group = analyse(made(tmp_path / "three", fail=apart))["groups"][0]  # full shares seeds with both
+    assert group["advice"] == "lora"
+    assert group["reason"] == "no difference in accuracy shown to full; fastest among these; not compared with qlora."
+
+
+def test_runs_of_different_rows_are_not_compared(tmp_path):
+    """Of an older version: fewer rows were scored, other tokens, or others that were as many."""
+
+    def rows(n, **data):
+        def change(found):
+            found["result"]["row_scores"]["accuracy"] = [1.0] * n
+            found["data"] |= data
+
+        return change
+
+    for name, change in {"fewer": rows(3), "others": rows(5, eval_digest="c")}.items():
+        folder = edited(edited(made(tmp_path / name), rows(5)), change, "qlora-2-*")
+        group = study_page.write(folder)["groups"][0]
+        assert [(p["a"], p["b"]) for p in group["pairs"]] == [("full", "lora")]
+        assert {each["why"] for each in group["not_compared"]} == {"their runs are of different rows"}
+    folder = edited(made(tmp_path / "tokens"), lambda found: found["result"].update(label_tokens=7), "qlora-*")
+    assert len(analyse(folder)["groups"][0]["not_compared"]) == 2
+
+
+def test_a_seed_that_is_at_the_loss_before_training_is_counted(tmp_path):
+    def start(found):
+        found["result"]["evaluations"][0]["loss"] = 0.4
+
+    summary = study_page.write(edited(made(tmp_path / "s"), start, "lora-1-0.001"))
+    assert pair(summary, "lora", "qlora")["steps_ratio"]["at_start"] == 1
+    assert "1 seed left out, at that loss before training" in (tmp_path / "s" / "report.md").read_text()
+    assert pair(summary, "full", "qlora")["steps_ratio"]["at_start"] == 0
+
+
+def test_a_front_without_speed_is_not_said_to_have_it(tmp_path):
+    for turns, words in {True: "(quality, memory, speed)", False: "(quality, memory)"}.items():
+        study_page.write(made(tmp_path / str(turns), turns=turns))
+        assert f"on the Pareto front {words}" in (tmp_path / str(turns) / "report.html").read_text()
+
+
+def test_losses_of_zero_are_drawn(tmp_path):
+    """Their margin is a share of them."""
+    folder = made(tmp_path / "s")
+    study = json.loads((folder / "study.json").read_text())
+    study["spec"]["tasks"] = {"reviews": {"kind": "completion", "data": {"path": "demo"}}}
+    study["cells"] = [{**cell, "kind": "completion"} for cell in study["cells"]]
+    (folder / "study.json").write_text(json.dumps(study))
+    edited(folder, lambda found: found["result"]["scores"].update(loss=0.0, perplexity=1.0))
+    edited(folder, lambda found: found["result"]["scores"].update(loss=0.5), "qlora-2-*")
+    summary = study_page.write(folder)
+    assert pair(summary, "lora", "qlora")["equivalence"]["margin"] == 0
+    assert "-0.167 (-0.884 to +0.550)" in (folder / "report.html").read_text()
+
+
+def test_what_one_comparison_would_show_is_told_by_its_look(tmp_path):
+    """A p-value that one look would have called equivalence, and the first of two does not."""
+    found = {
+        "a": "x", "b": "y", "scores": {"loss": {"mean": 0.0, "low": -1.0, "high": 1.0}},
+        "equivalence": {"metric": "loss", "margin": 2.0, "p": 0.04, "level": 0.05}, "decision": {"shown": None},
+    }  # fmt: skip
+    assert "(equivalence if it were the only comparison)" in study_page.verdict(found)
+    folder = made(tmp_path / "s")
+    study = json.loads((folder / "study.json").read_text())
+    study["spec"]["decide"] = {"looks": [2]}
+    (folder / "cells" / "lora-2-0.001.json").unlink()
+    (folder / "study.json").write_text(json.dumps(study))
+    level = pair(analyse(folder), "lora", "qlora")["equivalence"]["level"]
+    assert level == pytest.approx(0.05 * (2 / 3) ** 3, rel=1e-3)
+    found["equivalence"]["level"] = level
+    assert "only comparison" not in study_page.verdict(found)
+
+
 def test_no_study_is_said(tmp_path):
     with pytest.raises(ConfigError, match="holds no study"):
         analyse(tmp_path)

@@ -48,11 +48,9 @@ def better_in_quality(a: dict[str, Any], b: dict[str, Any]) -> tuple[bool, str]:
         clear = paired["mean"] > 2 * paired["standard_error"] and paired["mean"] > 0
         points, error = 100 * paired["mean"], 100 * paired["standard_error"]
         return clear, f"accuracy differs by {points:+.1f} ± {error:.1f} points over {paired['rows']} rows"
-    relative = (b["eval_loss"] - a["eval_loss"]) / b["eval_loss"]
-    return (
-        False,
-        f"evaluation loss differs by {100 * -relative:+.1f} %, of one seed and without scored rows: --seeds 3 gives its error",
-    )
+    more = a["eval_loss"] - b["eval_loss"]
+    by = f"{100 * more / b['eval_loss']:+.1f} %" if b["eval_loss"] else f"{more:+.3g}"
+    return False, f"evaluation loss differs by {by}, of one seed and without scored rows: --seeds 3 gives its error"
 
 
 def over_seeds(results: Results) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from lownibble.study.decide import (
     margin_of,
     planned_looks,
     still_needed,
+    why_not_compared,
 )  # fmt: skip
 from lownibble.study.records import peak_bytes, read_record
 from lownibble.study.tasks import KINDS, LOSS_MARGIN
@@ -95,6 +96,7 @@ def analyse(folder: str | Path) -> dict[str, Any]:
         "seeds": seeds,
         "looks": list(looks),
         "comparisons": len(planned),
+        "decided_before": [each for each in study.get("decided", []) if each != list(looks)],
         "groups": groups,
         "again": reruns.agreement(folder, study, records),
     }
@@ -128,15 +130,16 @@ def _group(
             **_tuned([cell for cell in grid if cell["method"] == name], records),
             **_method(runs[name], steps.get(name, {}), _rates(speed, name)),
         })  # fmt: skip
+    why_not = {(a, b): why_not_compared(runs[a], runs[b]) for a, b in combinations(names, 2)}
     pairs = [
-        _pair(a, b, runs, first["kind"], margin, speed, decided.get((*place, a, b)))
-        for a, b in combinations(names, 2)
-        if runs[a].keys() & runs[b].keys()
+        _pair(a, b, runs, first["kind"], margin, speed, decided.get((*place, a, b))) for (a, b), why in why_not.items() if not why
     ]
     return {
         "model": first["model"], "task": first["task"], "kind": first["kind"], "metrics": list(kind.metrics),
         "target_loss": target, "speed_skipped": (speed or {}).get("skipped"), "methods": methods, "pairs": pairs,
-        "pareto": _pareto(methods, kind.metrics[0]), **_advice(methods, pairs, kind.metrics[0]),
+        "not_compared": [{"a": a, "b": b, "why": why} for (a, b), why in why_not.items() if why and (*place, a, b) in decided],
+        "pareto": _pareto(methods, kind.metrics[0]), "pareto_of": _pareto_of(methods),
+        **_advice(methods, pairs, kind.metrics[0]),
     }  # fmt: skip
 
 
@@ -255,18 +258,20 @@ def _steps_to_target(
 
 
 def _steps_ratio(curves: Sequence[Sequence[Sequence[tuple[float, float]]]]) -> dict[str, Any]:
-    """Steps of the first over those of the second to a common loss, over seeds: mean, interval, the loss, and how many seeds of
-    each ended before. An end of the interval is None if nothing is known of it.
+    """Steps of the first over those of the second to a common loss, over seeds: mean, interval, the loss, how many seeds of each
+    ended before, and how many were left out, because one of both was there before its first step. An end of the interval is None
+    if nothing is known of it.
 
     Args:
         curves: for each seed the evaluation losses of both.
     """
     lowest = [statistics.fmean(min(loss for _, loss in of[side]) for of in curves) for side in (0, 1)]
     target = (1 + LOSS_MARGIN) * max(lowest)
-    known, above, below, ended_before = [], [], [], [0, 0]
+    known, above, below, ended_before, at_start = [], [], [], [0, 0], 0
     for a, b in curves:
         x, y = stats.crossing(a, target), stats.crossing(b, target)
         ended_before = [ended_before[0] + (x is None), ended_before[1] + (y is None)]
+        at_start += 0 in (x, y)
         if x and y:
             known.append(math.log(x / y))
         elif x is None and y:
@@ -277,7 +282,7 @@ def _steps_ratio(curves: Sequence[Sequence[Sequence[tuple[float, float]]]]) -> d
     mean, low, high = (None, None, None) if found is None else (math.exp(v) if abs(v) < LARGE else None for v in found[:3])
     return {
         "mean": mean, "low": low, "high": high, "values": [math.exp(v) for v in known],
-        "loss": target, "ended_before": ended_before,
+        "loss": target, "ended_before": ended_before, "at_start": at_start,
     }  # fmt: skip
 
 
@@ -302,8 +307,12 @@ def _pair(
         "a": a, "b": b, "seeds": both, "scores": scores,
         "equivalence": {
             "metric": main, "margin": margin, "p": found.tail(margin - abs(float(found.mean))) if known else 1.0,
+            "level": decision.level if decision else LEVEL,
         },
-        "decision": None if decision is None else {"shown": decision.shown, "seeds": decision.seeds, "looked": decision.looked},
+        "decision": None if decision is None else {
+            "shown": decision.shown, "seeds": decision.seeds, "looked": decision.looked,
+            **({"provisional": True} if decision.provisional else {}),
+        },
         "detectable": float(found.reach(LEVEL / 2) + found.reach(1 - POWER)) if known else None,
         "variances": {**mixed.variances(data)._asdict(), "rows": data.rows, "seeds": len(used)} if len(used) > 1 else None,
         "steps_ratio": _steps_ratio([[_curve(runs[name][seed]) for name in (a, b)] for seed in both]),
@@ -341,7 +350,7 @@ def _better(metric: str, value: float) -> float:
 
 def _pareto(methods: Sequence[dict[str, Any]], metric: str) -> list[str]:
     """The Pareto front of quality, memory and speed; speed counts only if it was measured interleaved for all methods."""
-    points, timed = {}, all(m["rates"] for m in methods if m["scores"])
+    points, timed = {}, "speed" in _pareto_of(methods)
     for m in methods:
         if m["scores"]:
             quality, rate = _better(metric, m["scores"][metric]["mean"]), m["rates"]["median"] if timed else 0.0
@@ -349,14 +358,22 @@ def _pareto(methods: Sequence[dict[str, Any]], metric: str) -> list[str]:
     return stats.pareto(points)
 
 
+def _pareto_of(methods: Sequence[dict[str, Any]]) -> list[str]:
+    return ["quality", "memory", *(["speed"] if all(m["rates"] for m in methods if m["scores"]) else [])]
+
+
 def _advice(methods: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The recommended method for this task, and why."""
+    """The recommended method for this task, and why. None: there is none; means over different seeds decide nothing."""
     finished = {m["method"]: m for m in methods if m["scores"]}
     if not finished:
         return {"advice": None, "reason": "No method finished."}
     beaten = {loser for pair in pairs if (loser := shown_worse(pair, metric)) is not None}
     apart = {loser for pair in pairs if (loser := _worse_unplanned(pair, metric)) is not None} - beaten
     equal = [name for name in finished if name not in beaten | apart] or list(finished)
+    met = {frozenset((pair["a"], pair["b"])) for pair in pairs}
+    equal, aside = _all_compared(equal, met)
+    if aside and not any(equal[0] in two for two in met):
+        return {"advice": None, "reason": f"{', '.join([*equal, *aside])}: not compared with one another."}
     lean = min(equal, key=lambda name: float(finished[name]["peak_bytes"]["mean"]))
     timed = all(finished[name]["rates"] for name in equal)
     fast = max(equal, key=lambda name: float(finished[name]["rates"]["median"])) if timed else lean
@@ -365,7 +382,8 @@ def _advice(methods: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], 
     left = [name for name in finished if name != chosen]
     words, compared = [], next((pair["equivalence"]["metric"] for pair in pairs), metric)
     if beaten:
-        words.append(f"{', '.join(sorted(beaten))} shown to be worse in {compared}")
+        until = " so far" if any(pair["decision"] and pair["decision"].get("provisional") for pair in pairs) else ""
+        words.append(f"{', '.join(sorted(beaten))} shown to be worse in {compared}{until}")
     if apart:
         words.append(f"{', '.join(sorted(apart))} worse by the 95% interval of a comparison that was not planned")
     others = [name for name in equal if name != chosen]
@@ -373,7 +391,19 @@ def _advice(methods: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], 
         words.append(f"no difference in {compared} shown to {', '.join(others)}")
         why = "least memory" if chosen == lean and (saved >= MEMORY_MATTERS or not timed) else "fastest"
         words.append(f"{why} among these")
+    if aside:
+        words.append(f"not compared with {', '.join(aside)}")
     return {"advice": chosen, "reason": "; ".join(words) + "." if left and words else "It is the only one that finished."}
+
+
+def _all_compared(methods: Sequence[str], met: set[frozenset[str]]) -> tuple[list[str], list[str]]:
+    """Methods that were all compared with one another, and those left out for that: the ones with the fewest comparisons."""
+    kept, aside = list(methods), list[str]()
+    while any(frozenset(two) not in met for two in combinations(kept, 2)):
+        least = min(reversed(kept), key=lambda name: sum(frozenset((name, other)) in met for other in kept))
+        kept.remove(least)
+        aside.insert(0, least)
+    return kept, aside
 
 
 def shown_worse(pair: Mapping[str, Any], metric: str) -> str | None:

@@ -112,7 +112,8 @@ def _equivalent(pair: Mapping[str, Any], task: str) -> tuple[str, str] | None:
     if found["low"] is None:
         return None
     text = f"{task}: {test['metric']} {found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
-    shown = (pair["decision"] or {}).get("shown")
+    decision = pair["decision"] or {}
+    shown, text = decision.get("shown"), text + (", provisional" if decision.get("provisional") else "")
     if shown == EQUIVALENT:
         return AGREES, f"{text}, equivalent within {test['margin']:.3g}"
     if shown == DIFFERENT:

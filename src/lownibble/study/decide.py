@@ -5,11 +5,14 @@ A comparison is two methods on one model and task, by its first metric. It shows
 look has its share of the 5% (`measuring/sequential.py`). Of all planned comparisons at most 5% of studies show any difference
 that is not there, and at most 5% any equivalence (Holm 1979, over each of the two kinds of statement, at whatever look: Maurer
 and Bretz 2013). A decision stays: what is shown is as of the look that showed it.
+
+A study without looks is decided once all its cells have ended. What its records show before is provisional, as each report of
+it has the whole 5%.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -37,6 +40,7 @@ class Comparison:
         metric: what is compared. margin: of equivalence, in its units; None: nothing is known yet.
         seeds: those that finished with both, in the study's order. data: their differences a - b; None without seeds.
         ended: for each look, how many of `seeds` it has; None: some of its cells are missing.
+        whole: no cell is missing.
     """
 
     model: str
@@ -48,6 +52,7 @@ class Comparison:
     seeds: tuple[int, ...]
     data: mixed.Layout | None
     ended: tuple[int | None, ...]
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,16 @@ class Decision:
         shown: DIFFERENT, EQUIVALENT or None.
         seeds: how many it is based on, by `tail` at the look where it was decided, or else at the last one.
         looked: number of looks until then. tail: of each side of the interval; 0.025 with a single look.
+        level: of equivalence there, were it the only comparison; 0.05 with a single look.
+        provisional: cells are missing of a study that looks once.
     """
 
     shown: str | None
     seeds: int
     looked: int
     tail: float
+    level: float = LEVEL
+    provisional: bool = False
 
 
 def planned_looks(decide: Mapping[str, Any], seeds: Sequence[int]) -> tuple[int, ...]:
@@ -103,8 +112,10 @@ def _comparison(
     of: Mapping[int, Sequence[Mapping[str, Any] | None]], looks: Sequence[int],
 ) -> Comparison:  # fmt: skip
     metric, order = main_metric(kind), list(of)
-    both = {seed: [r["result"] for r in runs if r and r["status"] == "ok"] for seed, runs in of.items()}
-    both = {seed: results for seed, results in both.items() if len(results) == 2}
+    runs = [{seed: r for seed in of if (r := of[seed][side]) and r["status"] == "ok"} for side in (0, 1)]
+    both = {seed: [run[seed]["result"] for run in runs] for seed in of if all(seed in run for run in runs)}
+    if why_not_compared(*runs):
+        both = {}
     ended = [
         sum(seed in both for seed in order[:look]) if all(r is not None for seed in order[:look] for r in of[seed]) else None
         for look in looks
@@ -114,7 +125,26 @@ def _comparison(
     if margin is None:
         margin = margin_of(kind, both)
     data = mixed.layout(differences(both, metric)) if both else None
-    return Comparison(model, task, *pair, metric, margin, tuple(both), data, tuple(ended))
+    whole = all(r is not None for each in of.values() for r in each)
+    return Comparison(model, task, *pair, metric, margin, tuple(both), data, tuple(ended), whole)
+
+
+def why_not_compared(a: Mapping[int, Mapping[str, Any]], b: Mapping[int, Mapping[str, Any]]) -> str:
+    """Why two methods cannot be compared by the records of their finished runs (by seed), or ''."""
+    both = [run[seed] for seed in a if seed in b for run in (a, b)]
+    if not both:
+        return "no seed finished with both"
+    return "" if _of_same_rows(both) else "their runs are of different rows"
+
+
+def _of_same_rows(runs: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether runs were trained and scored on the same rows, as far as their records say."""
+    of = set()
+    for run in runs:
+        data, result = run.get("data", {}), run["result"]
+        rows = sorted((metric, len(scores)) for metric, scores in result["row_scores"].items())
+        of.add((data.get("train_digest"), data.get("eval_digest"), result.get("label_tokens"), *rows))
+    return len(of) == 1
 
 
 def margin_of(kind: str, both: Mapping[int, Sequence[Mapping[str, Any]]]) -> float | None:
@@ -152,13 +182,15 @@ def tails(kind: str, looks: Sequence[int], comparisons: int) -> tuple[float, ...
 def decide(planned: Sequence[Comparison], looks: Sequence[int]) -> list[Decision]:
     """Decide all planned comparisons of a study."""
     at = {kind: _holm(len(planned), partial(_first, kind, planned, looks)) for kind in (EQUIVALENT, DIFFERENT)}
-    found, ours = [], tails(DIFFERENT, looks, 1)
+    found, ours, levels = [], tails(DIFFERENT, looks, 1), tails(EQUIVALENT, looks, 1)
+    provisional = len(looks) == 1 and not all(each.whole for each in planned)
     for i, each in enumerate(planned):
         shown = min((kind for kind in at if i in at[kind]), key=lambda kind: at[kind][i], default=None)
         over = [look for look, n in enumerate(each.ended) if n is not None]
         look = at[shown][i] if shown else max(over, default=0)
         seeds = each.ended[look]
-        found.append(Decision(shown, len(each.seeds) if seeds is None else seeds, look + 1 if over else 0, ours[look]))
+        looked, used = look + 1 if over else 0, len(each.seeds) if seeds is None else seeds
+        found.append(Decision(shown, used, looked, ours[look], levels[look], provisional))
     return found
 
 

@@ -104,6 +104,7 @@ class _Study:
         self.spec, self.contents, self.folder, self.jobs = spec, contents, folder, jobs
         self.gpus, self.executor = gpus, executor
         self.grid = list(tuning_cells(spec, contents))
+        self.before = read_record(folder / "study.json") or {}
         self.began = Began(contents, [*self.grid, *cells(spec, contents=contents)])
         self.shown = _Shown(folder, jobs, Durations([*self.grid, *cells(spec)], here=executor == "local" and gpus == 1))
 
@@ -122,7 +123,7 @@ class _Study:
                 self._cells([cell for cell in still if cell.seed in self.spec.seeds[:look]])
             self._again(compared, again)
             self._speed(compared)
-        return self._write(rates)
+        return self._write(rates, ended=True)
 
     def _undecided(self, compared: Sequence[Cell]) -> list[Cell]:
         """The cells that have a record, and those that comparisons which are not decided yet need."""
@@ -138,7 +139,14 @@ class _Study:
         needed = still_needed(planned, decide(planned, looks))
         return [cell for cell in compared if records[cell.digest] or needed(cell.model, cell.task, cell.method)]
 
-    def _write(self, rates: Rates) -> dict[str, Any]:
+    def _decided(self, compared: Sequence[Cell], ended: bool) -> list[list[int]]:
+        """The looks with which these cells, or some of them, have been decided: more than one where a study was extended."""
+        same = {cell.digest for cell in compared} & {cell["digest"] for cell in self.before.get("cells", [])}
+        found: list[list[int]] = self.before.get("decided", []) if same else []
+        now = list(planned_looks(self.spec.decide.model_dump(), self.spec.seeds))
+        return [*found, now] if ended and now not in found and now[-1] > 1 else found
+
+    def _write(self, rates: Rates, ended: bool = False) -> dict[str, Any]:
         """Write study.json: the study and which records belong to it."""
         compared = list(cells(self.spec, rates, self.contents))
         found = {
@@ -158,6 +166,7 @@ class _Study:
             ],
             "cells": [{**_labels(cell), "digest": cell.digest} for cell in compared],
             "speed": [{"model": model, "task": task, "digest": digest} for (model, task), (digest, _) in self._turns(compared)],
+            "decided": self._decided(compared, ended),
         }
         self._keep("study.json", found)
         return found

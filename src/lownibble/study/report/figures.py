@@ -34,12 +34,13 @@ def signed(found: Mapping[str, Any], digits: int = 3) -> str:
 
 
 def ratio(found: Mapping[str, Any] | None) -> str:
-    """A ratio with its interval, or with the range over rounds."""
-    if found is None or found.get("mean", found.get("median")) is None:
+    """A ratio with its interval, or with the range over rounds; of steps with the seeds that have none."""
+    if found is None:
         return "-"
-    if "median" in found:
+    if found.get("median") is not None:
         return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
-    return span(found, 2)
+    n = found.get("at_start")
+    return span(found, 2) + (f"; {n} seed{'s' if n > 1 else ''} left out, at that loss before training" if n else "")
 
 
 def gib(found: Mapping[str, Any] | None) -> str:

@@ -6,6 +6,7 @@ methods and shows values. Intervals are drawn to scale, clipped at a plot's limi
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from lownibble import record
 from lownibble.study import reruns
 from lownibble.study.analysis import LESS_IS_BETTER, analyse, shown_worse
 from lownibble.study.claims import compare_claims
-from lownibble.study.decide import EQUIVALENT, LEVEL
+from lownibble.study.decide import EQUIVALENT, LEVEL, main_metric
 from lownibble.study.hardware import hardware_table
 from lownibble.study.records import read_record
 from lownibble.study.report.curves import Axis, linear
@@ -101,7 +102,7 @@ def _context(folder: Path, study: Mapping[str, Any], summary: Mapping[str, Any])
         "forests": forests, "shown_pairs": len(forests) if len(names) <= MAX_METHODS else len(names) - 1,
         "sizes": [plot for group in summary["groups"] for plot in sizes(group, study["spec"]["methods"], names)],
         "panels": [_panel(group, names) for group in summary["groups"] if any(m["curve"] for m in group["methods"])],
-        "headline": _headline(summary["groups"]), "decisions": _decisions(summary["groups"]),
+        "headline": _headline(summary["groups"]), "decisions": _decisions(summary), "cautions": _cautions(summary),
         "less_is_better": LESS_IS_BETTER, "statistics": methods(summary),
         "again": summary["again"], "again_words": reruns.words(summary["again"]),
         "devices": devices, "models": models, "places": places, "hardware": hardware,
@@ -173,7 +174,8 @@ def _headline(groups: Sequence[Mapping[str, Any]]) -> str:
     """The recommendation over all tasks."""
     advised = [group["advice"] for group in groups if group["advice"]]
     if not advised:
-        return "Nothing has finished yet"
+        finished = any(m["scores"] for group in groups for m in group["methods"])
+        return "No recommendation" if finished else "Nothing has finished yet"
     different = list(dict.fromkeys(advised))
     return f"Use {different[0]}" if len(different) == 1 else "It depends on the task: " + ", ".join(
         f"{name} for {', '.join(g['label'] for g in groups if g['advice'] == name)}" for name in different
@@ -217,13 +219,18 @@ def _forest(groups: Sequence[Mapping[str, Any]], a: str, b: str) -> Forest | Non
             found.append((group, pair, pair["scores"][pair["equivalence"]["metric"]], pair["equivalence"]["margin"]))
     if not found:
         return None
+
+    def in_margins(value: float, margin: float) -> float:  # a loss of 0 has a margin of 0
+        return value / margin if margin else math.copysign(math.inf, value) if value else 0.0
+
     reach = max(
-        (abs(v) / margin for _, _, d, margin in found for v in (d["mean"], d["low"], d["high"]) if v is not None), default=1.0
+        (abs(in_margins(v, margin)) for _, _, d, margin in found for v in (d["mean"], d["low"], d["high"]) if v is not None),
+        default=1.0,
     )
     half = min(max(1.25, reach * 1.05), 12.0)
 
     def place(value: float, margin: float) -> float:
-        return 50 + 50 * max(-1.0, min(1.0, value / margin / half))
+        return 50 + 50 * max(-1.0, min(1.0, in_margins(value, margin) / half))
 
     lines = [
         Line(
@@ -246,40 +253,66 @@ def verdict(pair: Mapping[str, Any]) -> str:
         return "nothing can be told"
     if decision is None:
         return "no planned comparison"
+    until = " (provisional)" if decision.get("provisional") else ""
     if decision["shown"] == EQUIVALENT:
-        return f"equivalent within ±{test['margin']:.3g}"
+        return f"equivalent within ±{test['margin']:.3g}{until}"
     if worse := shown_worse(pair, test["metric"]):
-        return f"{pair['a'] if worse == pair['b'] else pair['b']} better"
-    alone = "equivalence" if test["p"] <= LEVEL else "a difference" if found["low"] > 0 or found["high"] < 0 else None
+        return f"{pair['a'] if worse == pair['b'] else pair['b']} better{until}"
+    alone = (
+        "equivalence"
+        if test["p"] <= test.get("level", LEVEL)
+        else "a difference"
+        if found["low"] > 0 or found["high"] < 0
+        else None
+    )
     bound = f"; at most {_bound(found):.2g} apart"
     return f"neither a difference nor equivalence shown{bound}{f' ({alone} if it were the only comparison)' if alone else ''}"
 
 
-def _decisions(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _decisions(summary: Mapping[str, Any]) -> dict[str, Any]:
     """The table that comes first: for each task and planned pair (class, what is shown, the difference or its bound)."""
-    planned = [[pair for pair in group["pairs"] if pair["decision"] is not None] for group in groups]
-    pairs = sorted({(p["a"], p["b"]): None for of in planned for p in of}, key=_first_lora_qlora)
-    rows = []
-    for group, of in zip(groups, planned, strict=True):
-        by_name = {(p["a"], p["b"]): p for p in of}
-        if of:
-            cells = [_decision(by_name[pair]) if pair in by_name else ("none", "-", "") for pair in pairs]
-            rows.append((group["label"], of[0]["equivalence"]["metric"], cells))
-    shown = [cell for *_, cells in rows for cell in cells if cell[1] != "-"]
-    return {"pairs": pairs, "rows": rows, "planned": len(shown), "decided": sum(cell[0] == "shown" for cell in shown)}
+    names: dict[tuple[str, str], None] = {}
+    of_groups = []
+    for group in summary["groups"]:
+        cells = {(pair["a"], pair["b"]): _decision(pair) for pair in group["pairs"] if pair["decision"] is not None}
+        cells |= {(each["a"], each["b"]): ("open", "not compared", each["why"]) for each in group["not_compared"]}
+        names |= dict.fromkeys(cells)
+        of_groups.append((group["label"], main_metric(group["kind"]), cells))
+    pairs = sorted(names, key=_first_lora_qlora)
+    rows = [(*which, [cells.get(pair, ("none", "-", "")) for pair in pairs]) for *which, cells in of_groups if cells]
+    decided = sum(cell[0] == "shown" for *_, cells in rows for cell in cells)
+    return {"pairs": pairs, "rows": rows, "planned": summary["comparisons"], "decided": decided}
+
+
+def _cautions(summary: Mapping[str, Any]) -> list[str]:
+    """What is to be said of all decisions."""
+    decisions = [pair["decision"] for group in summary["groups"] for pair in group["pairs"] if pair["decision"]]
+    found, level = [], f"{LEVEL:.0%}"
+    if any(each.get("provisional") for each in decisions):
+        found.append(
+            f"Decisions are provisional while runs are missing: each report of them has the whole {level} of error. Plan 'looks' "
+            "to decide before the last seed."
+        )
+    if before := summary["decided_before"]:
+        found.append(
+            f"This study was decided before, after {' and '.join(str(looks[-1]) for looks in before)} seeds, with other 'seeds' "
+            f"or 'looks'. Each time has the whole {level} of error: it does not hold over all of them."
+        )
+    return found
 
 
 def _decision(pair: Mapping[str, Any]) -> tuple[str, str, str]:
     metric, shown = pair["equivalence"]["metric"], pair["decision"]["shown"]
+    kind, until = ("open", ", provisional") if pair["decision"].get("provisional") else ("shown", "")
     found = pair["scores"][metric]
     if found["low"] is None:
         return "open", "open", "nothing can be told"
     if shown is None:
         return "open", "open", f"at most {_bound(found):.2g} apart"
     if shown == EQUIVALENT:
-        return "shown", "equivalent", f"within {pair['equivalence']['margin']:.2g}"
+        return kind, f"equivalent{until}", f"within {pair['equivalence']['margin']:.2g}"
     worse = shown_worse(pair, metric)
-    return "shown", f"{pair['a'] if worse == pair['b'] else pair['b']} better", signed(found)
+    return kind, f"{pair['a'] if worse == pair['b'] else pair['b']} better{until}", signed(found)
 
 
 def _bound(found: Mapping[str, Any]) -> float:
