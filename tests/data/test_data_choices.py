@@ -68,7 +68,8 @@ def test_a_label_may_be_a_special_token(any_tokenizer):
     rows = data(*[{"text": f"film {n}", "label": ("<|endoftext|>", "bad")[n % 2]} for n in range(8)])
     for options in ({"use_chat_template": True}, {"completion_template": "{label}"}):
         found = choices(rows, rows, any_tokenizer, DataConfig(**options), 512)
-        assert found[0].candidates == any_tokenizer(["<|endoftext|>", "bad"], add_special_tokens=False)["input_ids"]
+        special, front, behind = any_tokenizer(["<|endoftext|>", "0", "0bad"], add_special_tokens=False)["input_ids"]
+        assert found[0].candidates == [special, behind[len(front) :]]
 
 
 def test_long_prompt_leaves_room_for_the_longest_candidate(any_tokenizer):

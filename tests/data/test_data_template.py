@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lownibble.config import DataConfig
+from lownibble.config import DataConfig, RunConfig
 from lownibble.data import Dataset, Row, encode
 from lownibble.data.demo import COMPLETION_TEMPLATE, PROMPT_TEMPLATE
 from lownibble.errors import ConfigError, DataError, ModelError
+from lownibble.training import starts
 
 MARKED = (
     "{{ bos_token or '' }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
@@ -44,15 +45,47 @@ def plain(tokenizer, text) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def going_on(tokenizer, text: str) -> list[int]:
+    """Token ids of a text that goes on after another."""
+    front, whole = tokenizer(["0", f"0{text}"], add_special_tokens=False)["input_ids"]
+    assert whole[: len(front)] == front
+    return whole[len(front) :]
+
+
 def test_prompt_and_completion_as_at_inference(any_tokenizer):
     fields = {"prompt": "Review: good film\n", "completion": "\npositive"}
     example = one(any_tokenizer, fields)
     prompt = any_tokenizer(fields["prompt"])["input_ids"]
-    completion = [*plain(any_tokenizer, fields["completion"]), any_tokenizer.eos_token_id]
+    completion = [*going_on(any_tokenizer, fields["completion"]), any_tokenizer.eos_token_id]
     assert example.input_ids == prompt + completion
     assert example.is_label == [False] * len(prompt) + [True] * len(completion)
     assert example.origin == "rows.jsonl:1"
     assert any_tokenizer(fields["prompt"] + fields["completion"])["input_ids"] != prompt + completion[:-1]  # "\n\n" would merge
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("film:\n", "good film"), ("film:", " positive"), ("film: ", "positive"), ("(", "a film)"), ("a\n", "\nb"), ("<s>", "film")],
+)
+def test_no_space_comes_between_prompt_and_completion(any_tokenizer, prompt, completion):
+    """Oracle: what the row decodes to, and the whole text's tokens where none reaches across."""
+    example = one(any_tokenizer, {"prompt": prompt, "completion": completion})
+    rest = example.input_ids[example.is_label.index(True) : -1]
+    front = any_tokenizer.tokenize(prompt)
+    tokens = any_tokenizer.tokenize(prompt + completion)
+    if tokens[: len(front)] == front:
+        assert any_tokenizer.convert_ids_to_tokens(rest) == tokens[len(front) :]
+    whole = any_tokenizer.decode(any_tokenizer(prompt + completion, add_special_tokens=False)["input_ids"])
+    assert any_tokenizer.decode(example.input_ids[:-1]).removeprefix("<s>").lstrip() == whole.removeprefix("<s>").lstrip()
+
+
+def test_an_encoders_tokenizer_gives_the_decoder_a_text_of_its_own(spacing_tokenizer):
+    """As T5's, which end every text: a completion is tokenised as its `text_target` is."""
+    t5 = copy.deepcopy(spacing_tokenizer)
+    end = (t5.eos_token, t5.eos_token_id)
+    t5.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    example = one(t5, {"prompt": "film:", "completion": "positive"})
+    assert labels(example) == t5("positive")["input_ids"]
 
 
 def test_end_of_sequence_is_trained_once_although_it_is_the_padding(tokenizer):
@@ -154,6 +187,62 @@ def test_a_merge_over_the_space_at_a_header_s_end_is_tokenised_in_pieces(content
     answer = plain(bare, f"{content}<|im_end|>")
     assert example.input_ids[len(asked) :] == answer + plain(bare, "\n")
     assert labels(example) == answer
+
+
+@pytest.mark.parametrize("content", ["film", "a film: ", "\nfilm", "(good)"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST] {% else %}{{ m.content }}"
+        "<|im_end|>{% endif %}{% endfor %}",
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|im_start|>{% else %}{{ m.content }}"
+        "<|im_end|>{% endif %}{% endfor %}",
+    ],
+)
+def test_pieces_of_a_conversation_have_no_space_between_them(spacing_tokenizer, template, content):
+    """Oracle: what `apply_chat_template` decodes to; its tokens where none reaches across."""
+    made = copy.deepcopy(spacing_tokenizer)
+    made.chat_template = template
+    chat = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(("a", content, "film?", "a film"))]
+    example = one(made, {"messages": chat})
+    whole = made.apply_chat_template(chat, return_dict=False)
+    assert made.decode(example.input_ids) == made.decode(whole)
+    assert made.decode(labels(example)).replace(" ", "") == f"{content}<|im_end|>a film<|im_end|>".replace(" ", "")
+
+
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} "
+    "<|im_end|>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "template", "data_options"),
+    [
+        ("[/INST]", LLAMA2, {}),
+        (" [/INST]", LLAMA2, {}),
+        ("assistant\n", None, {}),
+        ("<|im_start|>assistant\n", None, {}),
+        ("\nSentiment:", None, {"prompt_template": "{prompt}\nSentiment:", "completion_template": " {completion}"}),
+        ("Sentiment:", None, {"prompt_template": "Film. Sentiment:", "completion_template": " {completion}"}),
+    ],
+)
+def test_the_text_that_activates_an_adapter_has_the_tokens_of_the_rows(
+    spacing_tokenizer, monkeypatch, text, template, data_options
+):
+    made = copy.deepcopy(spacing_tokenizer)
+    made.chat_template = template or made.chat_template
+    monkeypatch.setattr(starts, "load_tokenizer", lambda source: made)
+    monkeypatch.setattr(starts, "resolve", lambda *of: None)
+    config = RunConfig(
+        model="m", data=data_options, method="lora", lora={"alora_invocation_tokens": text, "init_lora_weights": True}
+    )
+    tokens = starts.decide(config)[0].lora.alora_invocation_tokens
+    example = one(made, {"prompt": "(x)", "completion": "good"}, use_chat_template=not data_options, **data_options)
+    end = example.is_label.index(True)
+    assert example.input_ids[end - len(tokens) : end] == tokens
 
 
 def test_chat_template_around_prompt_and_completion(any_tokenizer):

@@ -120,6 +120,17 @@ def test_pairs_become_sequences(tokenizer):
     assert dry.n_tokens == 12
 
 
+@pytest.mark.parametrize("answer", ["good", " good", "\ngood"])
+@pytest.mark.parametrize("prompt", ["film:", "film:\n", "film: "])
+def test_no_space_comes_between_prompt_and_answers(spacing_tokenizer, prompt, answer):
+    """Oracle: the completion of the same prompt, and what the row decodes to."""
+    (example,) = _encoded(spacing_tokenizer, [{"prompt": prompt, "chosen": answer, "rejected": "bad"}]).examples
+    row = Dataset("d", [Row({"prompt": prompt, "completion": answer}, "d:1")])
+    (chosen, _), (rejected, _) = sequences_of(example)
+    assert chosen == encode(row, spacing_tokenizer, DataConfig(), 32).examples[0].input_ids
+    assert spacing_tokenizer.decode(rejected, skip_special_tokens=True).lstrip() == f"{prompt}bad"
+
+
 def test_ktos_answers_move_on_within_a_group(tokenizer):
     rows = [
         {"prompt": p, "completion": c, "label": True} for p, c in (("film", " good"), ("plot", " bad"), ("actor", " very fine"))

@@ -184,8 +184,12 @@ def encode_for(
 
 def _tokenise(found: list[tuple[Row, Preference]], coder: TokenCoder, problems: Problems) -> list[_Sequences]:
     if not found or isinstance(found[0][1].prompt, str):
-        prompts = coder.prompts([str(preference.prompt) for _, preference in found])
-        answers = [coder.batch([str(answer) for answer in preference.answers]) for _, preference in found]
+        asked = [str(preference.prompt) for _, preference in found]
+        prompts = coder.prompts(asked)
+        answers = [
+            coder.after([prompt] * len(preference.answers), [str(answer) for answer in preference.answers])
+            for prompt, (_, preference) in zip(asked, found, strict=True)
+        ]
         return [_Sequences(prompt, [coder.ended(ids) for ids in of_row]) for prompt, of_row in zip(prompts, answers, strict=True)]
     chats, counts = [], []
     for row, preference in found:

@@ -5,6 +5,10 @@ prompt that was tokenised alone. Tokenising them together could merge tokens acr
 end-of-sequence token, which is trained even if it is also the padding token. Leading special tokens (BOS) are added to the
 prompt once, unless the template already contains them.
 
+Tokenizers that put a space before a text (SentencePiece's: Llama 2, Mistral, Phi-3) would put one into the middle of a row. What
+goes on after another text is therefore tokenised behind an anchor, whose tokens are taken off again (`TokenCoder.after`). An
+encoder-decoder model's answer does begin a text; its tokenizers, which end every text, are left to it.
+
 *Conversations* are rendered by the tokenizer's own chat template and tokenised whole, without further special tokens, as
 `apply_chat_template` does; `chat.py` says which characters the assistant wrote. If a token reaches across such a boundary (say
 before content that starts with a line break), the pieces are tokenised separately, as at inference. The token that ends a turn is
@@ -22,7 +26,7 @@ import hashlib
 import itertools
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +40,9 @@ from lownibble.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+ANCHORS = ("\n", ":", "a")
+"""Texts before what goes on, the first one that a tokenizer joins to nothing."""
 
 
 class Example(NamedTuple):
@@ -154,6 +161,47 @@ class TokenCoder:
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
+    def after(self, before: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text as it goes on after another ("": as a text of its own), without special tokens. A special token
+        that it follows is what it follows in the tokenizer's eyes, too: some put a space after those."""
+        found = self.batch(list(texts))
+        left = [n for n, front in enumerate(before) if front] if self.opens else []
+        for anchor in ANCHORS:
+            anchors = [next((token for token in self._added if before[n].endswith(token)), anchor) for n in left]
+            behind, waiting, left = self._behind(anchors, [texts[n] for n in left]), left, []
+            for n, ids in zip(waiting, behind, strict=True):
+                if ids is None:
+                    left.append(n)
+                else:
+                    found[n] = ids
+        return found
+
+    def _behind(self, anchors: list[str], texts: list[str]) -> list[list[int] | None]:
+        """Token ids of each text behind an anchor; None where its first token joins the anchor."""
+        different = list(dict.fromkeys(anchors))
+        ids_of = dict(zip(different, self.batch(different), strict=True))
+        fronts, whole = [ids_of[anchor] for anchor in anchors], self.batch([*map(str.__add__, anchors, texts)])
+        pairs = zip(fronts, whole, strict=True)
+        return [ids[len(front) :] if front and ids[: len(front)] == front else None for front, ids in pairs]
+
+    @cached_property
+    def opens(self) -> bool:
+        """Whether the tokenizer puts something before a text that is not there in the middle of one."""
+        whole: list[int] = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        ends, begins = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        if ends is not None and whole[-1:] == [ends] and whole[:1] != [begins]:
+            return False
+        probes = [*"aZ1("]
+        alone = self.batch(probes)
+        pairs = [pair for anchor in ANCHORS for pair in zip(self._behind([anchor] * 4, probes), alone, strict=True)]
+        known = [ids != by_itself for ids, by_itself in pairs if ids is not None]
+        return bool(known) and all(known)
+
+    @cached_property
+    def _added(self) -> list[str]:
+        """The tokens that text is divided at, the longest first."""
+        return sorted((token.content for token in self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+
     def with_ends(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]] | None]]:
         """As `batch`, with the characters [start, end) of each token; None where the tokenizer does not know them."""
         if not texts or not getattr(self.tokenizer, "is_fast", False):
@@ -222,7 +270,7 @@ def tokenise_chats(coder: TokenCoder, chats: list[Rendered]) -> list[tuple[list[
         places = None if ends is None else _places(coder, ids, ends, bounds)
         if places is None:
             pieces = [chat.text[a:b] for a, b in itertools.pairwise([0, *bounds, len(chat.text)])]
-            tokenised = coder.batch(pieces)
+            tokenised = coder.after(["", *(chat.text[max(0, bound - 64) : bound] for bound in bounds)], pieces)
             places = list(itertools.accumulate(len(piece) for piece in tokenised))[:-1]
             ids = list(itertools.chain.from_iterable(tokenised))
         spans = [
@@ -275,8 +323,9 @@ def tokenise(rows: list[Row], recipe: Recipe, coder: TokenCoder, problems: Probl
         texts = coder.prompts([row.fields["text"] for row in rows])
         return [Tokens([], ended, [True] * len(ended)) for ended in map(coder.ended, texts)]
     pairs = [recipe.pair(row) for row in rows]
-    prompts = coder.prompts([prompt for prompt, _ in pairs])
-    completions = [coder.ended(ids) for ids in coder.batch([completion for _, completion in pairs])]
+    asked = [prompt for prompt, _ in pairs]
+    prompts = coder.prompts(asked)
+    completions = [coder.ended(ids) for ids in coder.after(asked, [completion for _, completion in pairs])]
     return [Tokens(prompt, rest, [True] * len(rest)) for prompt, rest in zip(prompts, completions, strict=True)]
 
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 
 from lownibble.config import RunConfig
-from lownibble.errors import ConfigError
+from lownibble.data.template import TokenCoder
+from lownibble.errors import ConfigError, DataError, ModelError
 from lownibble.models import ModelSource, resolve, skeleton
 from lownibble.models.dense_origin import has_dense
 from lownibble.models.load import load_tokenizer
@@ -57,11 +58,27 @@ def _with_tokens(config: RunConfig) -> tuple[RunConfig, str]:
     text = config.lora.alora_invocation_tokens
     if not isinstance(text, str):
         return config, ""
-    tokens = load_tokenizer(resolve(config.model, config.revision))(text, add_special_tokens=False).input_ids
+    tokens = _in_a_prompt(text, TokenCoder(load_tokenizer(resolve(config.model, config.revision))), config.data.prompt_template)
     if not tokens:
         raise ConfigError(f"The alora_invocation_tokens {text!r} are no token of '{config.model}'. Give another text.")
     changed: RunConfig = config.with_options(lora=config.lora.with_options(alora_invocation_tokens=tokens))
     return changed, f"the adapter is active from the tokens {tokens} on ({text!r})"
+
+
+def _in_a_prompt(text: str, coder: TokenCoder, template: str | None) -> list[int]:
+    """The text's tokens where it ends a prompt: a tokenizer that puts a space before a text gives others to the text alone, and
+    may hold the space that the prompt has before it in the first of them."""
+    if not coder.opens:
+        return coder.batch([text])[0]
+    try:
+        asked = coder.chat.text([{"role": "user", "content": "a"}], generation=True)
+    except (DataError, ModelError):
+        asked = ""
+    before = next((prompt.rpartition(text)[0] for prompt in (template or "", asked) if text in prompt), "")
+    [(ids, ends)] = coder.with_ends([before + text])
+    if not before or ends is None:
+        return coder.after(["\n"], [text])[0]
+    return [token for token, (_, end) in zip(ids, ends, strict=True) if end > len(before)]
 
 
 def _start(config: RunConfig, source: ModelSource, *, only_text: bool, encoder: bool) -> tuple[str | bool, str]:
