@@ -150,6 +150,49 @@ def test_contents_as_text_or_parts_give_the_same(tokenizer, template, as_parts):
     assert trained_text(made, example) == "good<|im_end|>"
 
 
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+IN_PARTS = {
+    "system": [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hello there.")],
+    "user": CONVERSATIONS["one turn"][0],
+    "assistant": CONVERSATIONS["one turn"][0],
+    "tool": CONVERSATIONS["tools"][0],
+}
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("role", IN_PARTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_part_is_the_text_whoever_says_it(tokenizer, name, role):
+    made, tools = with_template(tokenizer, name), TOOLS if role == "tool" else None
+    made.bos_token = made.eos_token
+    found = []
+    for as_parts in (False, True):
+        turns = [{**m, "content": parts(m["content"])} if as_parts and m["role"] == role else m for m in IN_PARTS[role]]
+        try:
+            rendered = ChatRenderer(made).rendered(turns, tools)
+            found.append(("".join(rendered.text.split()), [rendered.text[start:end] for start, end, _ in rendered.spans]))
+        except DataError as error:
+            found.append(str(error))
+    assert found[0] == found[1], "but for space that some templates print after a part"
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "llava_next"])  # it prints an answer's first part alone
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_several_parts_are_read(tokenizer, name, role):
+    """Also where the template takes the space between them away."""
+    made, said = with_template(tokenizer, name), parts("Look at this: ", "a film")
+    made.bos_token = made.eos_token
+    turns = [user(said), assistant("good")] if role == "user" else [user("Hi"), assistant(said)]
+    text = ChatRenderer(made).rendered(turns).text
+    assert "Look at this:" in text
+    assert "a film" in text
+    assert "'type'" not in text
+
+
 @pytest.mark.parametrize("key", ["weight", "train", "training"])
 def test_turns_with_weight_0_are_not_trained(tokenizer, key):
     made = copy.deepcopy(tokenizer)
@@ -313,6 +356,41 @@ def test_an_answer_that_repeats_the_call(tokenizer, name):
     assert "Paris" in by_turn[1]
     assert "ok done" in by_turn[3]
     assert "weather" not in by_turn[3]
+
+
+def with_arguments(arguments):
+    call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
+    return [user("Weather?"), assistant("", tool_calls=[call]), ANSWER, assistant("It is sunny.")]
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_as_text_are_those_of_an_object(tokenizer, name):
+    """OpenAI's rows. Oracle: the same call with an object, as transformers documents it."""
+    made = with_template(tokenizer, name)
+    made.bos_token = made.eos_token
+    found = []
+    for arguments in ({"city": "Paris"}, '{"city": "Paris"}'):
+        try:
+            found.append(ChatRenderer(made).rendered(with_arguments(arguments), TOOLS))
+        except DataError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("printed", "text"), [("a.arguments", '{"city":"Paris"}'), ("a.arguments | tojson", '{"city": "Paris"}')]
+)
+def test_arguments_stay_text_where_the_template_prints_them_as_they_are(tokenizer, printed, text):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = TEXT.replace(
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{% set a = c.function %}{{ a.name }}"
+        + f"{{{{ {printed} }}}}"
+        + "{% endfor %}",
+    )
+    example = encoded(made, with_arguments('{"city":"Paris"}'), TOOLS)
+    assert trained_text(made, example).startswith(f"weather{text}<|im_end|>")
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ from lownibble.data.turns import (
     question_end,
     regions_by_contents,
     shared_length,
+    texts_of,
 )
 from lownibble.errors import DataError, ModelError
 
@@ -78,6 +79,7 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self._reads = dict[str, bool | None]()
 
     def template(self, tools: Any = None) -> str:
         """The template that the tokenizer takes.
@@ -122,11 +124,20 @@ class ChatRenderer:
     def _either(
         self, messages: list[dict[str, Any]], tools: Any, generation: bool, **options: Any
     ) -> tuple[list[dict[str, Any]], str]:  # fmt: skip
-        """The messages, with the arguments of their calls in the form that the template takes, and their text."""
+        """The messages, with the arguments of their calls in the form that the template takes, and their text. Arguments that are
+        text (OpenAI's) are tried as the object that they hold first: many templates print them as JSON, and text as a string."""
+        parsed = [_with_calls(message, _object_call) for message in messages]
+        if parsed != messages:
+            try:
+                text = self._render(parsed, tools, generation, **options)
+            except DataError:
+                text = ""
+            if text and not _prints_python(parsed, text):
+                return parsed, text
         try:
             return messages, self._render(messages, tools, generation, **options)
         except DataError:
-            other = [_other_arguments(message) for message in messages]
+            other = [_with_calls(message, _other_call) for message in messages]
             if other == messages:
                 raise
             return other, self._render(other, tools, generation, **options)
@@ -322,56 +333,85 @@ class ChatRenderer:
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return sorted({*self.tokenizer.all_special_tokens, *added}, key=len, reverse=True)
 
-    @cached_property
-    def _takes_parts(self) -> bool | None:
-        """Whether the template reads a content as a list of parts (True), as text (False), or either (None)."""
-        probe, reads = "lownibbleprobe", []
-        for content in (probe, [{"type": "text", "text": probe}]):
-            try:
-                reads.append(_shows(self._render([{"role": "user", "content": content}], None, False), probe))
-            except DataError:
-                reads.append(False)
-        return None if reads[0] == reads[1] else reads[1]
+    def _takes_parts(self, role: str) -> bool | None:
+        """Whether the template reads a role's content as a list of parts (True), as text (False), or either (None)."""
+        if role not in self._reads:
+            probe, reads = "lownibbleprobe", []
+            for content in (probe, [{"type": "text", "text": probe}]):
+                try:
+                    reads.append(_shows(self._render(_spoken(role, content), None, False), probe))
+                except DataError:
+                    reads.append(False)
+            neither = reads == [False, False] and role != "user"  # it does not know the role, or wants more with it
+            self._reads[role] = self._takes_parts("user") if neither else None if reads[0] == reads[1] else reads[1]
+        return self._reads[role]
 
     def _formed(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Messages with their contents in the form that the template reads."""
-        if all(isinstance(message.get("content"), (str, type(None))) for message in messages) and self._reads_text:
-            return messages
-        return [self._form(message) for message in messages]
-
-    @cached_property
-    def _reads_text(self) -> bool:
-        return self._takes_parts is not True
+        texts = all(isinstance(message.get("content"), (str, type(None))) for message in messages)
+        return messages if texts and not self._takes_parts("user") else [self._form(message) for message in messages]
 
     def _form(self, message: dict[str, Any]) -> dict[str, Any]:
-        content = message.get("content")
-        if isinstance(content, str) and self._takes_parts:
+        content, role = message.get("content"), message["role"]
+        if isinstance(content, str) and self._takes_parts(role):
             return {**message, "content": [{"type": "text", "text": content}]}
-        if isinstance(content, list) and self._takes_parts is False and all(is_text(part) for part in content):
-            return {**message, "content": "".join(part if isinstance(part, str) else part["text"] for part in content)}
+        if isinstance(content, list) and all(is_text(part) for part in content) and self._takes_parts(role) is False:
+            return {**message, "content": "".join(texts_of(message))}
         return message
 
 
-def _other_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose tool calls have their arguments as text instead of an object, or as an object instead of text."""
+def _spoken(role: str, content: Any) -> list[dict[str, Any]]:
+    """A conversation in which a role says the content."""
+    asked, said = {"role": "user", "content": "a"}, {"role": role, "content": content}
+    if role == "user":
+        return [said]
+    if role == "assistant":
+        return [asked, said]
+    if role == "tool":
+        call = {"id": "lownibble", "type": "function", "function": {"name": "b", "arguments": {"c": "d"}}}
+        called = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return [asked, called, {**said, "name": "b", "tool_call_id": "lownibble"}]
+    return [said, asked]
+
+
+def _with_calls(message: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """A message with each of its tool calls changed."""
     calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    return {**message, "tool_calls": [_other_call(call) for call in calls]}
+    return {**message, "tool_calls": [change(call) for call in calls]} if isinstance(calls, list) else message
+
+
+def _object_call(call: Any) -> Any:
+    """A call whose arguments are an object, if they are text that holds one."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _object_call(call["function"])}
+    given = call.get("arguments")
+    try:
+        found = json.loads(given or "{}") if isinstance(given, str) else None
+    except (ValueError, RecursionError):
+        found = None
+    return {**call, "arguments": found} if isinstance(found, dict) else call
 
 
 def _other_call(call: Any) -> Any:
+    """A call whose arguments are text instead of an object, or an object instead of text."""
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _other_call(call["function"])}
     given = call.get("arguments")
     if isinstance(given, str):
-        try:
-            return {**call, "arguments": json.loads(given)}
-        except ValueError:
-            return call
+        return _object_call(call)
     return call if given is None else {**call, "arguments": json.dumps(given, ensure_ascii=False)}
+
+
+def _prints_python(messages: list[dict[str, Any]], text: str) -> bool:
+    """Whether a template prints an object of arguments as Python writes it, and not as JSON."""
+    calls = [call for message in messages for call in message.get("tool_calls") or [] if isinstance(call, Mapping)]
+    found = [inner.get("arguments") for call in calls if isinstance(inner := call.get("function", call), Mapping)]
+    objects = [arguments for arguments in found if isinstance(arguments, dict) and arguments]
+    return any(str(each) in text and json.dumps(each, ensure_ascii=False) not in text for each in objects)
 
 
 def _shows(rendered: str, probe: str) -> bool:

@@ -100,8 +100,8 @@ def check_kept(messages: list[dict[str, Any]], text: str, tools: Any) -> None:
 
 
 def lines_of(message: dict[str, Any]) -> list[str]:
-    """The lines of a message's text that are not empty."""
-    return [line.strip() for line in plain_content(message).splitlines() if line.strip()]
+    """The lines of a message's text that are not empty, part by part: a template may change what is between parts."""
+    return [line.strip() for text in texts_of(message) for line in text.splitlines() if line.strip()]
 
 
 def holds_answers(messages: list[dict[str, Any]], number: int, region: str, regions: Regions) -> bool:
@@ -120,12 +120,17 @@ def is_text(part: Any) -> bool:
     return isinstance(part, str) or (isinstance(part, Mapping) and isinstance(part.get("text"), str))
 
 
-def plain_content(message: dict[str, Any]) -> str:
-    """The text of a message's content."""
+def texts_of(message: dict[str, Any]) -> list[str]:
+    """The texts of a message's content, part by part."""
     content = message.get("content")
     if isinstance(content, list):
-        return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content if is_text(part))
-    return content if isinstance(content, str) else ""
+        return [part if isinstance(part, str) else str(part.get("text", "")) for part in content if is_text(part)]
+    return [content] if isinstance(content, str) else []
+
+
+def plain_content(message: dict[str, Any]) -> str:
+    """The text of a message's content."""
+    return "".join(texts_of(message))
 
 
 def regions_by_contents(

@@ -68,14 +68,14 @@ def _turn(message: Message, knows_developer: bool) -> dict[str, Any]:
     return turn
 
 
-def _arguments(text: str) -> dict[str, Any]:
+def _arguments(text: str) -> str:
     try:
         found = json.loads(text or "{}")
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise ApiError(400, f"The arguments of a tool call are no JSON object: '{text[:64]}'.", param="messages")
-    return found
+    return text or "{}"
 
 
 def _options(chat: ChatRenderer, tools: Any, given: dict[str, Any]) -> dict[str, Any]:
