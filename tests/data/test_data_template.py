@@ -1,6 +1,8 @@
 """Encoding. Oracles: `apply_chat_template` for ids, its {% generation %} masks for labels, hand concatenation for pairs."""
 
 import copy
+from datetime import date, time
+from decimal import Decimal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -342,6 +344,11 @@ def test_templates_that_rewrite_or_refuse(tokenizer):
         ({"text": "\ud800"}, "half of a surrogate pair"),
         ({"text": "a", "label": float("nan")}, "the field 'label' is nan"),
         ({"text": "a", "label": ["x"]}, "the field 'label' must be text, not list"),
+        ({"text": "a", "label": ("x",)}, "the field 'label' must be text, not tuple"),
+        ({"text": "a", "label": b"x"}, "the field 'label' must be text, not bytes"),
+        ({"text": "a", "label": Decimal("nan")}, "the field 'label' is NaN"),
+        ({"instruction": "a", "input": ["x"], "output": "b"}, r"the field 'prompt' must be text, not list \(\['x'\]\)"),
+        ({"instruction": "a", "output": {"x": 1}}, "the field 'completion' must be text, not dict"),
         ({"text": "a", "label": ""}, "the completion is empty"),
         ({"prompt": "a", "completion": "\n"}, "the field 'completion' is empty"),
     ],
@@ -349,6 +356,41 @@ def test_templates_that_rewrite_or_refuse(tokenizer):
 def test_bad_values(tokenizer, fields, message):
     with pytest.raises(DataError, match=f"rows.jsonl:1: .*{message}"):
         one(tokenizer, fields)
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [
+        (1, "1"),
+        (True, "True"),
+        (0.5, "0.5"),
+        (Decimal("1.10"), "1.10"),
+        (date(2026, 5, 1), "2026-05-01"),
+        (time(7, 5), "07:05:00"),
+    ],
+)
+def test_labels_that_a_template_prints(tokenizer, label, text):
+    assert tokenizer.decode(labels(one(tokenizer, {"text": "a", "label": label}))) == f" {text}<|im_end|>"
+
+
+def test_alpaca_with_numbers(tokenizer):
+    example = one(tokenizer, {"instruction": "Add 1.", "input": 2, "output": 3})
+    assert tokenizer.decode(example.input_ids) == "Add 1.\n\n2\n\n3<|im_end|>"
+
+
+def test_a_column_without_a_value_in_any_row_does_not_decide_the_form(tokenizer):
+    rows = [{"messages": None, "prompt": "a", "completion": text} for text in "bc"]
+    assert encode(data(*rows), tokenizer, DataConfig(), 64).form == "prompt-completion"
+    with pytest.raises(DataError, match=r"rows.jsonl:1: 'messages' must be a list"):
+        encode(data(rows[0], {"messages": CHAT}), tokenizer, DataConfig(), 64)
+
+
+def test_turns_that_are_not_trained_do_not_go_with_all_text(tokenizer):
+    bad = [*CHAT[:2], {**CHAT[2], "weight": 0}, *CHAT[3:]]
+    with pytest.raises(DataError, match=r"rows.jsonl:1: message 3 is not to be trained, and mask_prompt = false trains all text"):
+        one(tokenizer, {"messages": bad}, mask_prompt=False)
+    example = one(tokenizer, {"prompt": CHAT[:4], "completion": CHAT[4:]}, mask_prompt=False)
+    assert sum(example.is_label) == len(example.input_ids) - 1, "a prompt of messages is text like any other"
 
 
 def test_unused_fields_may_be_anything(tokenizer):
@@ -385,6 +427,9 @@ def test_bad_rows_are_reported_together_up_to_five(tokenizer):
         ({"prompt_template": "{}"}, ConfigError, "no plain field name"),
         ({"prompt_template": "{text.__class__}"}, ConfigError, "no plain field name"),
         ({"completion_template": "{label:d}"}, DataError, "rows.jsonl:1: the template does not fit"),
+        ({"completion_template": "{label:{width}}"}, DataError, "rows.jsonl:1: the field 'width' is missing"),
+        ({"completion_template": "{label:{}}"}, ConfigError, "no plain field name"),
+        ({"completion_template": "{label:1000000000000000}"}, DataError, "rows.jsonl:1: the template does not fit"),
     ],
 )
 def test_bad_templates(tokenizer, options, error, message):

@@ -1,5 +1,6 @@
 """What `lownibble data` says of rows. Oracles: the encoded rows, counted by hand."""
 
+import copy
 import json
 
 import pytest
@@ -55,6 +56,7 @@ def test_a_short_run_is_told_unless_its_length_was_chosen(rows, options, epochs)
 
 
 def test_a_turn_without_an_end_is_told(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     rows = Dataset("rows", [Row({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "r:1")])
     encoded = encode(rows, tokenizer, DataConfig(), 64)

@@ -1,5 +1,7 @@
 """Preference rows: what the columns mean, how they are tokenised and padded, what is refused. Oracle: by hand."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -45,6 +47,36 @@ def test_what_the_columns_mean():
     joined = Row({"prompt": [USER], "completion": [GOOD], "label": False}, "x")
     fields = Dataset("d", [joined]).rows[0].fields
     assert labelled_of(fields) == [Preference([USER], ([GOOD],), None, False)]
+
+
+def test_a_text_prompt_that_both_answers_repeat_is_taken_off():
+    for prompt, answers in [("the film was", (" good", " bad")), ("Q: film?\nA:", ("good", "bad"))]:
+        whole = {"prompt": prompt, "chosen": prompt + answers[0], "rejected": prompt + answers[1]}
+        assert pair_of(whole) == Preference(prompt, answers)
+        assert pair_of({**whole, "rejected": answers[1]}).answers == (prompt + answers[0], answers[1])
+    for answers in [("apple", "avocado"), ("a", "a b")]:  # another word, or nothing after it
+        assert pair_of({"prompt": "a", "chosen": answers[0], "rejected": answers[1]}).answers == answers
+
+
+def test_conversations_as_text_are_read(tmp_path):
+    """All cells of a CSV file are text. Oracle: the same rows as lists."""
+    rows = [
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": [USER], "completion": [GOOD], "label": True},
+    ]
+    for fields in rows:
+        text = {name: json.dumps(value) if isinstance(value, list) else value for name, value in fields.items()}
+        assert Dataset("d", [Row(text, "d:1")]).rows == Dataset("d", [Row(fields, "d:1")]).rows
+    literal = {"prompt": "List them.", "chosen": '["a"]', "rejected": '[{"role": "admin"}]'}
+    assert Dataset("d", [Row(literal, "d:1")]).rows[0].fields == literal
+
+
+def test_turns_of_a_completion_that_are_not_trained_are_no_prompt():
+    fields = {"prompt": [USER], "completion": [GOOD, {**USER, "train": False}, BAD], "label": True}
+    (found,) = labelled_of(Dataset("d", [Row(fields, "d:1")]).rows[0].fields)
+    assert found.prompt == [USER]
+    assert [turn["content"] for turn in found.answers[0]] == ["good", "film", "bad"]
 
 
 def test_labels_of_a_csv_file_are_words(tmp_path):

@@ -194,7 +194,7 @@ class ChatRenderer:
         return Rendered(text, spans)
 
     def _by_marks(self, messages: list[dict[str, Any]], tools: Any, text: str, speaking: list[int]) -> list[Span] | None:
-        """The template's own marks; None where it has none."""
+        """The template's own marks; None where it has none, or they cannot be told apart."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self.template(tools)
@@ -211,7 +211,9 @@ class ChatRenderer:
         owners = [owner_of(start, regions, speaking) for start, _ in spans]
         if None in owners and len(spans) == len(speaking):
             owners = list(speaking)
-        return [(start, end, speaking[-1] if own is None else own) for (start, end), own in zip(spans, owners, strict=True)]
+        last = max((end for _, end in regions.get(speaking[-1], [])), default=0 if len(speaking) == 1 else len(text) + 1)
+        known = [speaking[-1] if own is None and start >= last else own for (start, _), own in zip(spans, owners, strict=True)]
+        return None if None in known else [(*span, own) for span, own in zip(spans, known, strict=True) if own is not None]
 
     def _by_loops(self, messages: list[dict[str, Any]], tools: Any, text: str) -> Regions | None:
         """What each message's pass of the template's loops printed; None where that cannot be told."""

@@ -3,15 +3,21 @@
     ShareGPT             conversations: [{from, value}], system                    -> messages
     Alpaca               instruction, input, output, system                        -> prompt, completion
     TRL, conversational  prompt: [{role, content}], completion: [{role, content}]  -> messages; the completion alone is trained
-    messages as text     messages (or conversations) as a string of JSON           -> messages
+    messages as text     messages (or conversations) as a string of JSON; columns of
+                         preferences, prompt and completion too, where it is messages -> messages
     OpenAI, arrow        weight per turn; fields that are null because other rows have them -> absent
+    OpenAI, before 2024  function_call, and the role `function`                    -> tool_calls, and `tool`
 
 What a row does not need for this is left alone. A row that is none of these stays as it is.
+
+Parquet and arrow give every object the keys of all others, null where it has none; so have JSON files that are written from them.
+Such nulls inside of calls and tools are taken away. In a file whose calls, or tools, differ in their keys nulls are meant.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 ROLES = {
@@ -27,12 +33,14 @@ TRAIN = "train"
 """Key of a message that says whether its turn is trained."""
 
 
-def standard(fields: dict[str, Any]) -> dict[str, Any]:
-    """The row's fields in a form that `forms.py` knows."""
+def standard(fields: dict[str, Any], *, padded: bool = True) -> dict[str, Any]:
+    """The row's fields in a form that `forms.py` knows. `padded`: see `is_padded`."""
     found = {**fields}
     for key in ("messages", "conversations", "tools"):
         if isinstance(found.get(key), str):
             found[key] = _parsed(found[key])
+    for names in (("chosen", "rejected"), ("prompt", "completion")):
+        found |= _conversations(found, names)
     if found.get("messages") is None and isinstance(found.get("conversations"), list):
         found = _share_gpt(found)
     elif _is_conversation(found.get("prompt")) and _is_conversation(found.get("completion")):
@@ -41,15 +49,58 @@ def standard(fields: dict[str, Any]) -> dict[str, Any]:
         found = _alpaca(found)
     conversations = [key for key in CONVERSATIONS if isinstance(found.get(key), list)]
     for key in conversations:
-        found[key] = [_without_nulls(turn) if isinstance(turn, dict) else turn for turn in found[key]]
-    if conversations and isinstance(found.get("tools"), list):
+        turns = [_without_nulls(turn, padded) if isinstance(turn, dict) else turn for turn in found[key]]
+        found[key] = _with_tool_calls(turns)
+    if conversations and isinstance(found.get("tools"), list) and padded:
         found["tools"] = _without_inner_nulls(found["tools"])
     return found
 
 
+def is_padded(rows: Iterable[dict[str, Any]]) -> bool:
+    """Whether nulls in objects may be those of a file that gives all of them the same keys: no two calls, nor tools, differ."""
+    seen: tuple[set[frozenset[str]], ...] = (set(), set())
+    for fields in rows:
+        for kind, found in zip(seen, (_arguments_of(fields), _properties_of(fields)), strict=True):
+            kind.update(frozenset(each) for each in found if isinstance(each, dict))
+            if len(kind) > 1:
+                return False
+    return True
+
+
+def n_asked(turns: list[Any]) -> int:
+    """Number of the messages that stood in `prompt` before `standard` joined it and `completion`."""
+    marked = (isinstance(turn, dict) and turn.get(TRAIN) is False for turn in turns)
+    return next((n for n, is_marked in enumerate(marked) if not is_marked), len(turns))
+
+
+def _arguments_of(fields: dict[str, Any]) -> Iterator[Any]:
+    """What is given to each call of a row's conversations."""
+    for key in (*CONVERSATIONS, "conversations"):
+        for turn in fields[key] if isinstance(fields.get(key), list) else []:
+            calls = turn.get("tool_calls") if isinstance(turn, dict) else None
+            for call in calls if isinstance(calls, list) else []:
+                inner = call.get("function", call) if isinstance(call, dict) else None
+                yield inner.get("arguments") if isinstance(inner, dict) else None
+
+
+def _properties_of(fields: dict[str, Any]) -> Iterator[Any]:
+    """The properties of each tool of a row."""
+    for tool in fields["tools"] if isinstance(fields.get("tools"), list) else []:
+        inner = tool.get("function", tool) if isinstance(tool, dict) else None
+        parameters = inner.get("parameters") if isinstance(inner, dict) else None
+        yield parameters.get("properties") if isinstance(parameters, dict) else None
+
+
+def _conversations(fields: dict[str, Any], names: tuple[str, str]) -> dict[str, Any]:
+    """Columns that both are messages as a string of JSON, parsed, and a prompt beside them; {} for others."""
+    texts = {name: fields[name] for name in (*names, "prompt") if isinstance(fields.get(name), str)}
+    found = {name: value for name, text in texts.items() if _is_conversation(value := _parsed(text), "content")}
+    return found if all(name in found for name in names) else {}
+
+
 def _is_alpaca(fields: dict[str, Any]) -> bool:
     own = any(fields.get(key) is not None for key in ("messages", "prompt", "completion"))
-    return not own and isinstance(fields.get("instruction"), str) and isinstance(fields.get("output"), str)
+    return not own and isinstance(fields.get("instruction"), str) and fields.get("output") is not None
 
 
 def _parsed(text: str) -> Any:
@@ -61,8 +112,9 @@ def _parsed(text: str) -> Any:
     return value if isinstance(value, list) else text
 
 
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) and "role" in turn for turn in value)
+def _is_conversation(value: Any, *more: str) -> bool:
+    keys = {"role", *more}
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) and keys <= turn.keys() for turn in value)
 
 
 def _share_gpt(fields: dict[str, Any]) -> dict[str, Any]:
@@ -73,9 +125,9 @@ def _share_gpt(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _share_gpt_turn(turn: dict[str, Any]) -> dict[str, Any]:
-    if "from" not in turn or "value" not in turn:
+    if turn.get("from") is None or "value" not in turn:
         return turn
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
     return {"role": ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"], **rest}
 
 
@@ -85,21 +137,45 @@ def _joined(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _alpaca(fields: dict[str, Any]) -> dict[str, Any]:
-    parts = [fields.get("system"), fields["instruction"], fields.get("input")]
+    parts = [_as_text(fields.get(name)) for name in ("system", "instruction", "input")]
+    wrong = next((part for part in parts if part is not None and not isinstance(part, str)), None)  # `forms.py` refuses it
     prompt = "\n\n".join(part.strip() for part in parts if isinstance(part, str) and part.strip())
     rest = {key: value for key, value in fields.items() if key not in ("messages", "prompt", "completion")}
-    return {**rest, "prompt": f"{prompt}\n\n", "completion": fields["output"]}
+    return {**rest, "prompt": f"{prompt}\n\n" if wrong is None else wrong, "completion": _as_text(fields["output"])}
 
 
-def _without_nulls(turn: dict[str, Any]) -> dict[str, Any]:
+def _as_text(value: Any) -> Any:
+    """A number as text; others as they are."""
+    return str(value) if isinstance(value, (int, float)) else value
+
+
+def _without_nulls(turn: dict[str, Any], padded: bool) -> dict[str, Any]:
     found = {key: value for key, value in turn.items() if value is not None}
-    if isinstance(found.get("tool_calls"), list):
-        found["tool_calls"] = _without_inner_nulls(found["tool_calls"])
+    if isinstance(calls := found.get("tool_calls"), list):
+        found["tool_calls"] = _without_inner_nulls(calls) if padded else [_without_own_nulls(call) for call in calls]
     return found
 
 
+def _without_own_nulls(call: Any) -> Any:
+    return {key: value for key, value in call.items() if value is not None} if isinstance(call, dict) else call
+
+
 def _without_inner_nulls(value: Any) -> Any:
-    """Objects without the keys that are null: Parquet gives every object the keys of all others."""
+    """Objects without the keys that are null."""
     if isinstance(value, dict):
         return {key: _without_inner_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_inner_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _with_tool_calls(turns: list[Any]) -> list[Any]:
+    """A conversation with its `function_call`s, which templates do not know, as tool calls, and what answers them as a tool's."""
+    if not any(isinstance(turn, dict) and isinstance(turn.get("function_call"), dict) for turn in turns):
+        return turns
+    return [_with_tool_call(turn) if isinstance(turn, dict) else turn for turn in turns]
+
+
+def _with_tool_call(turn: dict[str, Any]) -> dict[str, Any]:
+    rest = {key: value for key, value in turn.items() if key != "function_call"}
+    if isinstance(call := turn.get("function_call"), dict) and not turn.get("tool_calls"):
+        rest["tool_calls"] = [{"type": "function", "function": call}]
+    return {**rest, "role": "tool"} if turn.get("role") == "function" else rest

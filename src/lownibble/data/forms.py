@@ -21,11 +21,15 @@ from __future__ import annotations
 import json
 import math
 import string
+from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
+from numbers import Number
 from typing import Any, Literal, NamedTuple
 
 from lownibble.config import DataConfig
-from lownibble.data.dialects import TRAIN
+from lownibble.data.dialects import TRAIN, n_asked
 from lownibble.data.pairs import PAIRED, pair_of
 from lownibble.data.rows import Dataset, Problems, Row, canonical
 from lownibble.errors import ConfigError, DataError
@@ -46,8 +50,15 @@ LABEL_PROMPT = "{text}\nLabel:"
 LABEL_COMPLETION = " {label}"
 
 
+PLAIN = (str, Number, date, time)
+"""Types that a template prints as a reader would; dates with a time are dates, true and false are numbers."""
+
 TRAINED = (TRAIN, "training", "weight")
 """Keys of a message that say whether its turn is trained: true or false, 1 or 0 (`weight` is OpenAI's); no template sees them."""
+
+
+ASKED = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking", *TRAINED)
+"""Keys of a message that say what it says, and whether it is trained."""
 
 
 class Conversation(NamedTuple):
@@ -71,6 +82,7 @@ class Recipe:
     completion_template: str | None
     use_chat_template: bool
     trained_turns: str = "all"
+    mask_prompt: bool = True
 
     @property
     def chat(self) -> bool:
@@ -96,11 +108,13 @@ class Recipe:
         return Conversation(messages, row.fields.get("tools"), trained)
 
     def identity(self, row: Row) -> bytes:
-        """Canonical bytes of what a row asks (of a conversation, what stands before the first assistant turn; of text alone, all
-        of it); rows that share them share a split."""
+        """Canonical bytes of what a row asks (of a conversation, what stands before the first answer to a user, without keys such
+        as ids, which no template reads; of text alone, all of it); rows that share them share a split."""
         if self.form == "messages":
-            turns = row.fields["messages"]
-            first = next((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), 0)
+            turns = [{key: value for key, value in turn.items() if key in ASKED} for turn in row.fields["messages"]]
+            roles = [turn["role"] for turn in turns]
+            asked = roles.index("user") if "user" in roles else 0
+            first = roles.index("assistant", asked) if "assistant" in roles[asked:] else 0
             return canonical(turns[:first] or turns)
         if self.form == "text":
             return canonical(row.fields["text"])
@@ -126,7 +140,9 @@ def recipe_for(dataset: Dataset, config: DataConfig) -> Recipe:
     if not dataset.rows:
         raise DataError(f"The data set '{dataset.name}' has no rows. Give it at least one.")
     first = dataset.rows[0]
-    form = _form_of(first)
+    empty = {name for name in first.fields if all(row.fields.get(name) is None for row in dataset.rows)}
+    empty = empty if _form_of(first, empty) else set()
+    form = _form_of(first, empty)
     prompt = config.prompt_template
     completion = config.completion_template
     if prompt is not None or completion is not None:
@@ -154,14 +170,16 @@ def recipe_for(dataset: Dataset, config: DataConfig) -> Recipe:
         raise ConfigError(f"'trained_turns' of DataConfig is for conversations; these rows are of the form {form}. Unset it.")
     if config.trained_turns != "all" and not config.mask_prompt:
         raise ConfigError("'trained_turns' of DataConfig chooses turns, and mask_prompt = false trains all text. Unset one.")
-    recipe = Recipe(form, prompt, completion, config.use_chat_template, config.trained_turns)
+    recipe = Recipe(form, prompt, completion, config.use_chat_template, config.trained_turns, config.mask_prompt)
     templated = config.prompt_template is not None or config.completion_template is not None
-    _check_rows(dataset, recipe, templated)
+    _check_rows(dataset, recipe, None if templated else empty)
     return recipe
 
 
-def _form_of(row: Row) -> Form | None:
-    return next((form for form, fields in FIELDS.items() if all(name in row.fields for name in fields)), None)
+def _form_of(row: Row, empty: Collection[str] = ()) -> Form | None:
+    """The form of a row; `empty`: columns without a value in any row, which decide nothing."""
+    known = row.fields.keys() - set(empty)
+    return next((form for form, fields in FIELDS.items() if known.issuperset(fields)), None)
 
 
 def _default_templates(dataset: Dataset, form: Form | None) -> tuple[str, str] | None:
@@ -171,30 +189,32 @@ def _default_templates(dataset: Dataset, form: Form | None) -> tuple[str, str] |
 
 
 def _field_names(template: str) -> list[str]:
-    """Names of the row fields that a template uses.
+    """Names of the row fields that a template uses, those inside of formats (`{text:{width}}`) too.
 
     Raises:
         ConfigError: the template is not a valid format string, or has a field without a name.
     """
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        fields = [(name, spec or "") for _, name, spec, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise ConfigError(f"The template {template!r} is malformed: {error}. Write {{{{ and }}}} for literal braces.") from None
+    names = [name for name, _ in fields]
     if not all(name and not name.isdigit() and not set(name) & set(".[") for name in names):
         raise ConfigError(
             f"The template {template!r} has a field that is no plain field name. Name a row's field, as in {{text}}."
         )
-    return names
+    return names + [inner for _, spec in fields for inner in _field_names(spec)]
 
 
-def _check_rows(dataset: Dataset, recipe: Recipe, templated: bool) -> None:
+def _check_rows(dataset: Dataset, recipe: Recipe, empty: Collection[str] | None) -> None:
+    """Check every row; `empty`: see `_form_of`, None where the configuration's templates decide the form."""
     problems = Problems(dataset.name)
     if recipe.prompt_template is None or recipe.completion_template is None:
         names: list[str] = list(FIELDS[recipe.form])
     else:
         names = list(dict.fromkeys(_field_names(recipe.prompt_template) + _field_names(recipe.completion_template)))
     for row in dataset.rows:
-        problem = _row_problem(row, recipe, names, None if templated else _form_of(row))
+        problem = _row_problem(row, recipe, names, None if empty is None else _form_of(row, empty))
         if problem:
             problems.add(row.origin, problem)
     problems.check()
@@ -208,7 +228,13 @@ def _row_problem(row: Row, recipe: Recipe, names: list[str], form: Form | None) 
     if form is not None and form != recipe.form:
         return f"a {form} row among {recipe.form} rows. Give all rows of a data set the same fields."
     if recipe.form == "messages":
-        return messages_problem(row.fields["messages"]) or text_problem(row.fields.get("tools"))
+        turns = row.fields["messages"]
+        if problem := messages_problem(turns) or text_problem(row.fields.get("tools")):
+            return problem
+        untrained = next((n for n in range(n_asked(turns), len(turns)) if not _is_trained(turns[n])), None)
+        if untrained is not None and not recipe.mask_prompt:
+            return f"message {untrained + 1} is not to be trained, and mask_prompt = false trains all text. Unset one."
+        return None
     if recipe.form == "preference":
         try:
             pair_of(row.fields)
@@ -223,7 +249,7 @@ def _row_problem(row: Row, recipe: Recipe, names: list[str], form: Form | None) 
         return None
     try:
         prompt, completion = recipe.pair(row)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, MemoryError, OverflowError) as error:
         return f"the template does not fit the row's values: {error}. Mend the template's format."
     if not prompt.strip() or not completion.strip():
         return f"the {'completion' if prompt.strip() else 'prompt'} is empty. Fill it, or remove the row."
@@ -234,9 +260,9 @@ def value_problem(value: Any, text: bool) -> str | None:
     """What is wrong with a field's value, or None; `text`: it must be text that is not empty."""
     if value is None:
         return "is null"
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, (float, Decimal)) and not math.isfinite(value):
         return f"is {value}"
-    if isinstance(value, (list, dict)) or (text and not isinstance(value, str)):
+    if not isinstance(value, (str,) if text else PLAIN):
         return f"must be text, not {type(value).__name__} ({str(value)[:40]})"
     if isinstance(value, str):
         if text and not value.strip():
@@ -295,7 +321,7 @@ def _content_problem(turn: dict[str, Any]) -> str | None:
         text = "".join(part if isinstance(part, str) else part["text"] for part in content) if problem is None else ""
         empty = not text.strip() and turn["role"] not in ("system", "tool") and not turn.get("tool_calls")
         return problem or ("is empty" if empty else None)
-    if not isinstance(content, str) and content is None and (turn.get("tool_calls") or turn.get("function_call")):
+    if content is None and turn.get("tool_calls"):
         return None
     problem = value_problem(content, text=True)
     may_be_empty = turn["role"] in ("system", "tool") or turn.get("tool_calls")

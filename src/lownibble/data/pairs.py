@@ -4,8 +4,8 @@
     unpaired   prompt, completion, label (true: a good answer)
 
 Each column is text, or a list of messages. An implicit prompt is what both answers begin with (of text: without a space at its
-end, as TRL has it). A prompt that the answers repeat is taken off them. A text `prompt` beside conversations is either their last
-question, and left alone, or the question that the answers lack.
+end, as TRL has it; rows of one question may so have different prompts). A prompt that both answers repeat is taken off them. A
+text `prompt` beside conversations is either their last question, and left alone, or the question that the answers lack.
 
 Only what the columns mean is decided here; `preference.py` checks and tokenises them.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from lownibble.data.dialects import TRAIN
+from lownibble.data.dialects import TRAIN, n_asked
 from lownibble.errors import DataError
 
 Said = str | list[dict[str, Any]]
@@ -65,6 +65,8 @@ def pair_of(fields: dict[str, Any]) -> Preference:
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
             if not prompt.strip():
                 raise DataError("'chosen' and 'rejected' do not begin alike, and there is no 'prompt'. Give the row a prompt.")
+        elif _repeats(chosen, prompt) and _repeats(rejected, prompt):
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         return Preference(prompt, (chosen, rejected), tools)
     assert isinstance(rejected, list)
     shared = _shared_turns(chosen, rejected)
@@ -123,10 +125,16 @@ def _said(value: Any, name: str) -> Said | None:
 def _parted(turns: list[Any]) -> tuple[Said, Said]:
     """Prompt and completion of a conversation: joined by `dialects.py`, which marks the prompt; else the last answer is it."""
     turns = [turn if isinstance(turn, dict) else {} for turn in turns]
-    marked = sum(turn.get(TRAIN) is False for turn in turns)
+    marked = n_asked(turns)
     last = max((n for n, turn in enumerate(turns) if turn.get("role") == "assistant"), default=len(turns))
     bare = [{key: value for key, value in turn.items() if key != TRAIN} for turn in turns]
     return bare[: marked or last], bare[marked or last :]
+
+
+def _repeats(answer: str, prompt: str) -> bool:
+    """Whether an answer begins with the prompt, and goes on after it with another word."""
+    rest = answer[len(prompt) :]
+    return answer.startswith(prompt) and bool(prompt and rest) and not (prompt[-1].isalnum() and rest[0].isalnum())
 
 
 def _shared_text(one: str, other: str) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lownibble.data.dialects import standard
+from lownibble.data.dialects import is_padded, standard
 from lownibble.errors import DataError
 
 SHOWN_PROBLEMS = 5
@@ -29,15 +29,18 @@ class Row:
 @dataclass(frozen=True)
 class Dataset:
     """Named rows, those in other tools' formats converted (`dialects.py`); a source may provide default templates, used if the
-    configuration has none."""
+    configuration has none. `padded`: `dialects.is_padded` of all rows; a part of the rows keeps it."""
 
     name: str
     rows: list[Row]
     prompt_template: str | None = None
     completion_template: str | None = None
+    padded: bool | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", [Row(standard(row.fields), row.origin) for row in self.rows])
+        padded = is_padded(row.fields for row in self.rows) if self.padded is None else self.padded
+        object.__setattr__(self, "padded", padded)
+        object.__setattr__(self, "rows", [Row(standard(row.fields, padded=padded), row.origin) for row in self.rows])
 
     @cached_property
     def digest(self) -> str:
