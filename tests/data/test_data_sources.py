@@ -80,6 +80,36 @@ def test_parquet(tmp_path):
     ]
 
 
+def written(path, **columns):
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_bytes_of_parquet_are_text_where_they_are(tmp_path):
+    """As writers leave strings that do not mark them as such."""
+    rows = read_file(written(tmp_path / "a.parquet", text=[b"caf\xc3\xa9", None], label=pa.array([b"\xff", b"a"])))
+    assert [row.fields for row in rows] == [{"text": "caf\u00e9", "label": b"\xff"}, {"text": None, "label": b"a"}]
+    path = written(tmp_path / "b.parquet", text=["a", "b"], label=pa.array([b"\xff", b"a"]))
+    with pytest.raises(DataError, match=r"b.parquet:1: the field 'label' must be text, not bytes"):
+        load(DataConfig(path=str(path)))
+
+
+@pytest.mark.parametrize("values", [pa.array([2**50], pa.timestamp("s")), pa.array([2**30], pa.date32()), "not utf-8"])
+def test_a_parquet_column_that_cannot_be_read_is_named(tmp_path, values):
+    if values == "not utf-8":
+        values = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    path = written(tmp_path / "a.parquet", text=["a"], when=values)
+    with pytest.raises(DataError, match=r"The column 'when' of '.*a.parquet' cannot be read: .* leave it out"):
+        read_file(path)
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has columns of one name"):
+        read_file(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress)])
 def test_compressed_and_byte_order_mark(tmp_path, suffix, pack):
     content = b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}'
@@ -161,6 +191,27 @@ def test_folder_with_train_and_test(tmp_path):
         load(DataConfig(path=folder))
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "dev", "eval", "Test", "VALIDATION"])
+@pytest.mark.parametrize("train_name", ["train", "Train"])
+def test_a_folders_evaluation_side_by_other_names(tmp_path, name, train_name):
+    jsonl(tmp_path / f"{train_name}.jsonl", ROWS[:5])
+    jsonl(tmp_path / f"{name}.jsonl", ROWS[5:7])
+    assert [fields(side) for side in load(DataConfig(path=str(tmp_path)))] == [ROWS[:5], ROWS[5:7]]
+    train, _ = load(DataConfig(path=str(tmp_path), split=train_name))
+    assert fields(train) == ROWS[:5]
+
+
+def test_a_damaged_file_that_nobody_asks_for_does_not_matter(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", ROWS[:5])
+    (folder / "test.jsonl").write_text("{damaged")
+    path = jsonl(tmp_path / "a.jsonl", ROWS[5:7])
+    assert [fields(side) for side in load(DataConfig(path=str(folder), eval_path=path))] == [ROWS[:5], ROWS[5:7]]
+    with pytest.raises(DataError, match=r"test.jsonl:1: invalid JSON"):
+        load(DataConfig(path=str(folder)))
+
+
 def test_folder_without_a_test_side_is_split(tmp_path):
     jsonl(tmp_path / "train.jsonl")
     train, evaluation = load(DataConfig(path=str(tmp_path)))
@@ -222,6 +273,23 @@ def test_held_out_rows_stay_when_rows_are_added(tmp_path):
     assert {row["text"] for row in fields(before)} <= {row["text"] for row in fields(after)}
     _, templated = load(DataConfig(path=jsonl(tmp_path / "a.jsonl", ROWS[:60]), prompt_template="{text}?"))
     assert fields(templated) == fields(before)
+
+
+def said(*turns):
+    return [{"role": {"s": "system", "u": "user", "a": "assistant"}[turn[0]], "content": turn[1:]} for turn in turns]
+
+
+def test_ids_and_what_comes_before_the_question_do_not_part_conversations(tmp_path):
+    """Rows of one question stay on one side; a system message and a greeting ask nothing."""
+    for number, start in enumerate((["uhi {}"], ["sbe brief", "ahello", "uhi {}"], ["ahello", "uhi {}"])):
+        rows = [
+            {"messages": [{**turn, "id": f"{n}-{k}"} for k, turn in enumerate(said(*(t.format(n % 10) for t in start), f"a{n}"))]}
+            for n in range(40)
+        ]
+        sides = load(DataConfig(path=jsonl(tmp_path / f"{number}.jsonl", rows), eval_fraction=0.3))
+        asked = [{row["messages"][-2]["content"] for row in fields(side)} for side in sides]
+        assert all(asked)
+        assert not asked[0] & asked[1]
 
 
 @pytest.mark.parametrize("row", [{"text": "a"}, {"messages": [{"role": "assistant", "content": "a"}]}])

@@ -9,6 +9,7 @@ instead of with pandas' guesses (types, NaN words such as "NA", separators).
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -161,8 +162,27 @@ def _read_parquet(path: Path) -> list[Row]:
         table = pq.ParquetFile(path).read()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"Cannot read '{path}' as Parquet: {error}. Copy the file again if it is damaged.") from error
-    records: list[dict[str, Any]] = table.to_pylist()
-    return [Row(fields, f"{path.name}:{number}") for number, fields in enumerate(records, 1)]
+    names = table.column_names
+    if len(set(names)) < len(names):
+        raise DataError(f"'{path}' has columns of one name: {names}. Name every column once.")
+    columns = [_values(path, name, table.column(name)) for name in names]
+    rows = zip(*columns, strict=True) if columns else iter([()] * table.num_rows)
+    return [Row(dict(zip(names, values, strict=True)), f"{path.name}:{number}") for number, values in enumerate(rows, 1)]
+
+
+def _values(path: Path, name: str, column: Any) -> list[Any]:
+    """A Parquet column's values; bytes that are text (as older writers leave it) as text."""
+    import pyarrow as pa
+
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        with contextlib.suppress(pa.ArrowInvalid):  # no text: `forms.py` refuses it where it is used
+            column = column.cast(pa.large_string())
+    try:
+        found: list[Any] = column.to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"The column '{name}' of '{path}' cannot be read: {reason}. Mend it, or leave it out.") from error
+    return found
 
 
 _READERS: dict[str, Callable[[Path], list[Row]]] = {
@@ -172,4 +192,4 @@ _READERS: dict[str, Callable[[Path], list[Row]]] = {
 }
 
 SUFFIXES = tuple(_READERS)
-"""Supported file-name suffixes. `.json` is read as JSON Lines."""
+"""Supported file-name suffixes. `.json` is read as JSON Lines; either may hold one array instead."""

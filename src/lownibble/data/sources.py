@@ -25,6 +25,7 @@ import os
 import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,11 @@ from lownibble.errors import ConfigError, DataError
 __all__ = ["Dataset", "Row", "load", "read", "read_sides"]
 
 DEFAULT_SPLIT, DEFAULT_EVAL_SPLIT = (DataConfig.model_fields[name].default for name in ("split", "eval_split"))
-EVAL_FALLBACKS = ("validation", "eval")
+EVAL_FALLBACKS = ("validation", "eval", "val", "valid", "dev")
 """Split names tried if the default evaluation split does not exist; a split named by the user is never replaced."""
+
+Reader = Callable[[], Dataset]
+"""Reads a split."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -48,7 +52,8 @@ def load(config: DataConfig) -> tuple[Dataset, Dataset]:
     """Read, check, split and sample the training and evaluation data sets of a configuration.
 
     `config.path` (and `eval_path`) is 'demo'; a .jsonl, .csv (both also .gz, .bz2) or .parquet file; a folder with files
-    named after the splits (train.jsonl, test.jsonl; 'validation' or 'eval' if there is no 'test'); or a hub data set id,
+    named after the splits (train.jsonl, test.jsonl; 'validation', 'eval', 'val', 'valid' or 'dev' if there is no 'test'; small
+    letters or capitals); or a hub data set id,
     'owner/name' or 'owner/name:configuration'. Class ids of a hub data set become class names.
 
     Raises:
@@ -78,14 +83,14 @@ def read_sides(config: DataConfig) -> tuple[Dataset, Dataset | None]:
         DataError, ConfigError: as `load`.
     """
     apart = config.eval_path is not None
-    train, evaluation = read(config.path, config.split, DEFAULT_EVAL_SPLIT if apart else config.eval_split)
+    train, evaluation = _sides(config.path, config.split, DEFAULT_EVAL_SPLIT if apart else config.eval_split)
     if train is None:
         raise DataError(f"The data '{config.path}' has no '{config.split}' side. Name one that it has with 'split'.")
     if config.eval_path is not None:
         split = DEFAULT_SPLIT if _is_whole(config.eval_path) else config.split
-        other, test_side = read(config.eval_path, split, config.eval_split)
+        other, test_side = _sides(config.eval_path, split, config.eval_split)
         evaluation = test_side or other
-    return train, evaluation
+    return train(), evaluation and evaluation()
 
 
 def _is_whole(path: str) -> bool:
@@ -99,17 +104,26 @@ def read(path: str, split: str = DEFAULT_SPLIT, eval_split: str = DEFAULT_EVAL_S
     Raises:
         DataError, ConfigError: as `load`.
     """
+    train, test = _sides(path, split, eval_split)
+    return train and train(), test and test()
+
+
+def _sides(path: str, split: str, eval_split: str) -> tuple[Reader | None, Reader | None]:
+    """What reads the training split and the test split of one source: a damaged file that nobody asks for does not matter."""
     local = Path(path).expanduser()
     if _is_whole(path):
         for name, given, default in (("split", split, DEFAULT_SPLIT), ("eval_split", eval_split, DEFAULT_EVAL_SPLIT)):
             if given != default:
                 raise ConfigError(f"The '{name}' of DataConfig does not apply to '{path}', which has no named splits. Unset it.")
-        return load_demo() if path == "demo" else (Dataset(local.name, read_file(local)), None)
+        if path == "demo":
+            train, test = load_demo()
+            return lambda: train, lambda: test
+        return lambda: Dataset(local.name, read_file(local)), None
     if local.is_dir():
         files = _split_files(local)
-        if split in files or eval_split in files:
+        if _named(split, files) or _named(eval_split, files):
             return _pick(path, files, lambda name: Dataset(f"{path}/{name}", read_file(files[name])), split, eval_split)
-    elif path.endswith(SUFFIXES) or path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
+    elif path.lower().endswith(SUFFIXES) or path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
         raise DataError(f"There is no data file or folder '{path}' (looked in '{Path.cwd()}'). Check the path.")
     splits = _load_hub(str(local) if local.is_dir() else path, local.is_dir())
     return _pick(path, splits, splits.__getitem__, split, eval_split)
@@ -130,15 +144,23 @@ def _split_files(folder: Path) -> dict[str, Path]:
 
 def _pick(
     path: str, available: Collection[str], read: Callable[[str], Dataset], split: str, eval_split: str
-) -> tuple[Dataset | None, Dataset | None]:
-    """Read the requested splits among those available; the default evaluation split may be missing, then None."""
+) -> tuple[Reader | None, Reader | None]:
+    """What reads the requested splits among those available; the default evaluation split may be missing, then None."""
     candidates = (eval_split, *EVAL_FALLBACKS) if eval_split == DEFAULT_EVAL_SPLIT else (eval_split,)
-    test = next((name for name in candidates if name in available), None)
+    test = next((found for name in candidates if (found := _named(name, available))), None)
+    train = _named(split, available)
     if test is None and eval_split != DEFAULT_EVAL_SPLIT:
         raise DataError(f"The data '{path}' has no '{eval_split}' side; it has {', '.join(available)}. Set 'eval_split' to one.")
-    if split not in available and test is None:
+    if train is None and test is None:
         raise DataError(f"The data '{path}' has no '{split}' side; it has {', '.join(available)}. Set 'split' to one of them.")
-    return read(split) if split in available else None, read(test) if test else None
+    reads, tests = (None if name is None else partial(read, name) for name in (train, test))
+    return reads, tests
+
+
+def _named(split: str, available: Collection[str]) -> str | None:
+    """The name that a split has among those available: its own, or in other capitals."""
+    alike = [name for name in available if name.lower() == split.lower()]
+    return split if split in alike else next(iter(alike), None)
 
 
 def _load_hub(path: str, is_folder: bool) -> dict[str, Dataset]:
