@@ -376,6 +376,7 @@ def test_cells_of_a_folder_in_hub_layout_stay_text(hub_folder, monkeypatch, name
         assert [row.origin for row in found] == [f"{name}:{line}" for line in (2, 3, 4)]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets 4 does not close the file of a table
 def test_a_folder_in_hub_layout_may_say_how_it_is_read(hub_folder):
     features = "dataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype:\n      class_label:\n"
     features += '        names:\n          "0": neg\n          "1": pos\n'
