@@ -1,6 +1,8 @@
 """Decoding on the 4-bit base. Oracle: transformers' own `generate` and forward on the same layers."""
 
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -309,6 +311,55 @@ def test_a_step_is_described_on_the_host_and_sampled_on_the_device(monkeypatch):
 def test_options_that_are_not_done_are_refused(quantized, option):
     with pytest.raises(ModelError, match=next(iter(option))):
         quantized().generate(**_prompts(), max_new_tokens=2, do_sample=False, custom_generate=ln.decode, **option)
+
+
+def test_positions_and_masks_that_are_not_counted_are_refused(quantized):
+    model, prompts = quantized(), _prompts()
+    asked = {"max_new_tokens": 3, "do_sample": False, "custom_generate": ln.decode}
+    counted = (prompts["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    expected = model.generate(**prompts, **asked)
+    assert torch.equal(model.generate(**prompts, position_ids=counted, **asked), expected)
+    with pytest.raises(ModelError, match="position_ids that do not count"):
+        model.generate(**prompts, position_ids=counted + (counted > 2) * 9, **asked)
+    with pytest.raises(ModelError, match="rows without tokens"):
+        model.generate(**{**prompts, "attention_mask": prompts["attention_mask"] * torch.tensor([[1], [0]])}, **asked)
+    four = torch.zeros(2, 1, 7, 7)
+    with pytest.raises(ModelError, match="attention_mask of another shape"):
+        ln.decode(model, prompts["input_ids"], None, None, SimpleNamespace(num_beams=1), attention_mask=four)
+
+
+def test_a_row_that_a_turns_end_has_ended_is_filled_without_a_pad_token(quantized):
+    model, prompts = quantized(), _prompts()
+    asked = {**prompts, "max_new_tokens": 8, "do_sample": False}
+    end = int(model.generate(**asked)[0, 9])
+    tokenizer = SimpleNamespace(
+        eos_token_id=end, chat_template=None, all_special_tokens=[], added_tokens_decoder={}, pad_token_id=1
+    )
+    expected = model.generate(**asked, eos_token_id=end, pad_token_id=1)
+    model.generation_config.pad_token_id = model.generation_config.eos_token_id = None
+    found = model.generate(**asked, custom_generate=ln.decode, chat_tokenizer=tokenizer)
+    assert torch.equal(found, expected)
+    assert found[0, -1] == 1
+
+
+def test_threads_take_turns(tiny):
+    """A model that runs as transformers' modules has another attention inside a call."""
+    model = tiny("phi")
+    before, switch = model.config._attn_implementation, sys.getswitchinterval()
+    prompts = [torch.randint(3, 96, (1, n), generator=torch.Generator().manual_seed(n)) for n in (5, 9, 14)]
+
+    def ask(ids):
+        asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+        return [model.generate(**asked, custom_generate=ln.decode).tolist() for _ in range(6)]
+
+    expected = [ask(ids) for ids in prompts]
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            assert list(threads.map(ask, prompts)) == expected
+    finally:
+        sys.setswitchinterval(switch)
+    assert model.config._attn_implementation == before
 
 
 ACTIVATED = {"alora_invocation_tokens": [7, 8]}

@@ -381,6 +381,21 @@ def test_states_made_ahead_are_torchs_own(dtype):
         }
 
 
+class _Own(torch.optim.AdamW):
+    """A subclass, which may have states of its own."""
+
+
+@pytest.mark.parametrize("kind", [lambda groups: torch.optim.AdamW(groups, amsgrad=True), _Own])
+def test_other_optimisers_states_are_not_made_ahead(kind):
+    ours, theirs = _parameters(), _parameters()
+    ahead, plain = kind(_groups(ours)), kind(_groups(theirs))
+    open_states(ahead)
+    assert not ahead.state
+    _train(ahead, ours)
+    _train(plain, theirs)
+    assert _same(ours, theirs)
+
+
 def test_steps_are_counted_in_float32_whatever_the_default():
     """In bfloat16 the count would end at 256."""
     parameters = _parameters(shapes=[(64, 64)])

@@ -18,6 +18,7 @@ from lownibble.data import load as load_data
 from lownibble.errors import AdapterError, ConfigError, ModelError, OutputError, TargetError, TrainingError
 from lownibble.lora.active import adapter_configs
 from lownibble.training import Evaluated, Finished, JsonlSink, Saved, Sink, Started, Stepped, evaluate, run, sinks
+from lownibble.training.making import ONLY_WARM_UP
 from lownibble.training.microbatches import collator
 from lownibble.training.output import claim
 
@@ -211,6 +212,12 @@ def test_rows_that_are_too_long_are_told(tiny_model, tiny_data, tmp_path, overle
     told = [message for message in result.record["warnings"] if "longer than max_length 11" in message]
     assert told
     assert all(message.endswith(f"rows are longer than max_length 11 and are {what}") for message in told)
+
+
+@pytest.mark.parametrize(("steps", "ratio", "told"), [(1, 0.03, True), (2, 1.0, True), (2, 0.03, False), (1, 0.0, False)])
+def test_a_run_of_warm_up_alone_is_told(tiny_model, tiny_data, steps, ratio, told):
+    found = run(_config(tiny_model, tiny_data, max_steps=steps, warmup_ratio=ratio, eval_steps=None))
+    assert (ONLY_WARM_UP in found.record["warnings"]) is told
 
 
 @pytest.mark.slow

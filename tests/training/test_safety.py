@@ -247,7 +247,7 @@ def test_an_adapter_that_learned_nothing_is_said(tiny_model, tiny_data, tmp_path
     ln.add_lora(model, LoraConfig(r=4))
     train = TrainConfig(max_steps=1, batch_size=8, max_length=24, warmup_ratio=1.0, output_dir=str(tmp_path / "warm"))
     record = ln.train(model, tokenizer, DataConfig(path=str(tiny_data)), train).record  # the first step of a warm-up has rate 0
-    assert "every B of the adapter is zero" in record["warnings"][0]
+    assert "every B of the adapter is zero" in record["warnings"][-1]
     assert "every B" in capsys.readouterr().err
 
 

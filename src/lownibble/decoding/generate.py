@@ -9,6 +9,8 @@ read elsewhere, and methods that are replaced in a class; `drop_cache` is for th
 cache to shorter ones, until `drop_cache`. Contexts are rounded up, by less than a quarter, so that a chat that grows does not
 capture anew each turn. Training drops it, too (`models/kept.py`). Caches without graphs are made anew: that costs nothing.
 
+A model's calls from several threads take turns: inside one its attention is another, and so may be its adapter.
+
 Options, logits processors and stopping criteria stay transformers'. Only a streamer must be passed as `token_streamer`, and the
 tokenizer as `chat_tokenizer`: `generate` does not forward `streamer` and `tokenizer` to a custom loop.
 """
@@ -16,8 +18,9 @@ tokenizer as `chat_tokenizer`: `generate` does not forward `streamer` and `token
 from __future__ import annotations
 
 from contextlib import suppress
+from threading import RLock
 from typing import Any, NamedTuple
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -44,6 +47,9 @@ class _Kept(NamedTuple):
     cache: SlotCache
 
 
+_TURNS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""Model -> the lock of its calls."""
+
 _SETTINGS = (int, float, str, type(None))
 """Types of the attributes of modules that are compared by their values."""
 
@@ -60,6 +66,15 @@ def _is_input(name: str, value: object) -> bool:
     return name not in ("attention_mask", "position_ids", "cache_position") and (
         isinstance(value, Tensor) or (isinstance(value, dict) and bool(value))
     )
+
+
+def _counts(positions: object, mask: Tensor) -> bool:
+    """Whether positions ((B, T), or one such for each of several axes) count the tokens of each row."""
+    if not isinstance(positions, Tensor):
+        return True
+    there, expected = mask != 0, mask.cumsum(dim=-1) - 1
+    fits = positions.shape[-2:] == mask.shape or (positions.shape[-2:] == (1, mask.shape[1]) and len(mask) == 1)
+    return fits and bool(((positions == expected) | ~there).all())
 
 
 def _state(model: Any) -> object:
@@ -102,29 +117,37 @@ def decode(
     refused = [name for name in ("output_attentions", "output_hidden_states") if getattr(generation_config, name, False)]
     refused += ["num_beams"] if (generation_config.num_beams or 1) > 1 else []
     refused += [name for name, value in model_kwargs.items() if _is_input(name, value)]
+    mask = model_kwargs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    if mask.shape != input_ids.shape:
+        refused.append("attention_mask of another shape than the tokens")
+    elif not mask.any(dim=-1).all():
+        refused.append("rows without tokens")
+    elif not _counts(model_kwargs.get("position_ids"), mask):
+        refused.append("position_ids that do not count the tokens")
     if refused:
         raise RefusedError(model, f"it does not do {', '.join(refused)}")
     past = cache_in(model_kwargs)
     if past is not None and n_cached(past) != 0:
         raise RefusedError(model, "it cannot go on from a cache of transformers'")
-    name = active_adapter(model) if activated(model) is not None else None
-    with adapter_off(model, off=name is not None):  # the branches of an activated adapter are given for the tokens that have them
-        return _decode(
-            model, name, input_ids, logits_processor, stopping_criteria, generation_config, token_streamer, chat_tokenizer,
-            model_kwargs.get("attention_mask"),
-        )  # fmt: skip
+    with _TURNS.setdefault(model, RLock()):
+        name = active_adapter(model) if activated(model) is not None else None
+        with adapter_off(model, off=name is not None):  # an activated adapter's branches are given for the tokens that have them
+            return _decode(
+                model, name, input_ids, logits_processor, stopping_criteria, generation_config, token_streamer, chat_tokenizer,
+                mask,
+            )  # fmt: skip
 
 
 def _decode(
     model: Any, activated_name: str | None, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
-    generation_config: Any, token_streamer: Any, chat_tokenizer: Any, mask: Tensor | None,
+    generation_config: Any, token_streamer: Any, chat_tokenizer: Any, mask: Tensor,
 ) -> Any:  # fmt: skip
     if token_streamer is not None:
         token_streamer.put(input_ids)
     kept = KEPT.pop(model, None)  # nobody else has it until the end
     decoder = choose(model)
     B = len(input_ids)
-    mask = torch.ones_like(input_ids) if mask is None else mask
     lengths = mask.sum(dim=1).cpu()
     state = _state(model) if decoder.draws else None
     cache = _cache(decoder, kept, state, B, generation_config.max_length)
@@ -146,6 +169,8 @@ def _decode(
     raw: tuple[Tensor, ...] = ()
     ended_by, device = end_tokens(model, chat_tokenizer) if chat_tokenizer is not None else (), input_ids.device
     ends = torch.tensor(sorted(ended_by), dtype=torch.int64, device=device)
+    if pad is None and ended_by:  # transformers fills up only where the generation config has an end
+        pad = torch.tensor(next(iter({chat_tokenizer.pad_token_id} - {None}), min(ended_by)), device=device)
     unfinished, slots = torch.ones(B, dtype=torch.bool, device=device), torch.arange(B)
     skips = pad is not None and not (with_scores or with_logits)  # ended rows are padded: nobody asks for their logits
     while True:

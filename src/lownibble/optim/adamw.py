@@ -147,7 +147,7 @@ def open_states(optimizer: torch.optim.Optimizer) -> None:
     if isinstance(optimizer, PagedAdamW):
         optimizer.open()
         return
-    if not isinstance(optimizer, torch.optim.AdamW):
+    if type(optimizer) is not torch.optim.AdamW or optimizer.defaults["amsgrad"]:
         return  # other optimisers' states are unknown before their first step
     for parameter in (p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)):
         optimizer.state[parameter] = {

@@ -31,6 +31,7 @@ from lownibble.models.head import Head
 from lownibble.models.info import info, pass_device
 from lownibble.models.kept import KEPT
 from lownibble.models.load import load_tokenizer
+from lownibble.optim import warmup_steps
 from lownibble.quant import QuantLinear
 from lownibble.registry import OBJECTIVES
 from lownibble.training.checkpoint import CHECKPOINTS, complete
@@ -190,7 +191,14 @@ def make_trainer(
     trainer.warnings += warnings_of(encoded, tokenizer, config.max_length)
     if epochs := suggested_epochs(rows := len(encoded[0].examples), config):
         trainer.warnings.append(SHORT_RUN.format(rows, epochs))
+    if 0 < trainer.total_steps <= warmup_steps(trainer.total_steps, config.warmup_ratio):
+        trainer.warnings.append(ONLY_WARM_UP)
     return trainer, encoded
+
+
+ONLY_WARM_UP = (
+    "every step is one of the warm-up, whose first has a learning rate of 0: set warmup_ratio = 0, or train for more steps"
+)
 
 
 def _warnings_of_invocation(tokens: tuple[int, ...], tokenizer: Any, encoded: list[Encoded]) -> list[str]:
