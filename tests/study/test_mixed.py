@@ -89,3 +89,11 @@ def test_layouts_are_drawn_as_those_of_rows():
     for ours, theirs_ in zip(drawn[:2], row_by_row[:2], strict=True):
         assert ours.mean(0) == pytest.approx(theirs_.mean(0), rel=0.06)
         assert ours.var(0) == pytest.approx(theirs_.var(0), rel=0.12)
+
+
+@pytest.mark.parametrize("rest", [0.0, 1e-18, 1e-12])
+def test_seeds_that_score_rows_alike_can_be_drawn(rest):
+    """Nothing but rows varies. Oracle: the variance of a sum of squares over rows."""
+    drawn = mixed.draw(mixed.Variances(0, 0.1, rest), 5, 200, 3000, np.random.default_rng(0))
+    assert np.isfinite(drawn.products).all()
+    assert drawn.products.mean() == pytest.approx(0.1 * 199, rel=0.01)

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 from scipy import integrate, stats
-from test_study_report import made
+from test_study_report import CURVES, made
 
 from lownibble.errors import ConfigError
 from lownibble.measuring import mixed
 from lownibble.study import durations, jobs, power
+from lownibble.study.decide import EQUIVALENT, is_shown, tails
 from lownibble.study.runner import run_study
 
 STUDY = """
@@ -49,9 +50,33 @@ def test_looks_save_seeds_and_little_power_and_comparisons_cost_some():
     assert once - 0.05 < looked <= once + 0.02
     assert until < 11
     assert power.expected(of, (12,), 400, 0.03, 12)[0] < once
-    shows = power.detectable(of, 12, 400, 1)
+    shows = power.detectable(of, 12, 400, 0.025)
     drawn = mixed.estimate(mixed.draw(of, 12, 400, 4000, np.random.default_rng(5), shows))
     assert np.mean(drawn.mean > drawn.reach(0.025)) == pytest.approx(0.8, abs=0.03)
+
+
+def test_looks_that_are_not_reached_keep_their_share_of_the_error():
+    """Time for six seeds of eight. Oracle: the study that such time allows, decided by the tails of all its looks."""
+    of, looks, margin = mixed.Variances(0.01**2, 0.0, 0.0), (4, 8), 0.015
+    drawn = mixed.estimate(mixed.draw(of, 4, 1, 4000, np.random.default_rng(1)))
+    shown = np.mean(is_shown(EQUIVALENT, drawn, margin, tails(EQUIVALENT, looks, 1)[0]))
+    found, until = power.expected(of, looks, 1, margin, 1, seeds=6)
+    assert found == pytest.approx(shown, abs=0.04)
+    assert until == pytest.approx(6 - 2 * found)
+    assert found < power.expected(of, (4, 6), 1, margin, 1)[0] - 0.1
+    assert power.expected(of, looks, 1, margin, 1, seeds=3) == (0.0, 3.0)
+
+
+def test_a_pilots_margins_are_its_own(tmp_path):
+    """Of a loss the margin is a share of it, whatever the pilot took."""
+    made(tmp_path / "pilot", methods=("lora", "qlora"))
+    file = tmp_path / "pilot" / "study.json"
+    study = json.loads(file.read_text())
+    study["spec"]["tasks"]["reviews"] |= {"kind": "completion", "margin": 0.5}
+    study["cells"] = [{**cell, "kind": "completion"} for cell in study["cells"]]
+    file.write_text(json.dumps(study))
+    [found] = power._Earlier(tmp_path / "pilot").comparisons
+    assert found.margin == pytest.approx(0.01 * (CURVES["lora"][0][-1] + CURVES["qlora"][0][-1]) / 2)
 
 
 @pytest.fixture
@@ -75,6 +100,10 @@ def test_a_plan_says_cells_hours_and_power_from_a_pilot(planned, tmp_path):
     assert (task["seeds"], task["margin"], task["source"]) == (2, 0.02, "records of these comparisons: 1 x 3 seeds")
     assert task["variances"]["seed"] == pytest.approx(np.var([0.01, 0.0, 0.01], ddof=1))
     assert plan["told"][0].startswith("In 0.045 hours 2 of 3 seeds end")
+    [first] = power.plan_study(planned('pilot = "pilot"\nhours = 0.045\nlooks = [2]'), tmp_path / "out")["tasks"]
+    assert first["power"] < task["power"]  # the look at two seeds has a part of the error
+    assert first["detectable"] > task["detectable"]
+    assert power.plan_study(planned("hours = 1e-6"), tmp_path / "out")["tasks"][0]["power"] == 0
     own = power.plan_study(planned(""), tmp_path / "pilot")
     assert (own["left"], own["hours"]) == (0, 0)
 
@@ -113,6 +142,22 @@ def test_a_plan_counts_what_has_run_with_these_options(planned, tmp_path, monkey
         assert power.plan_study(file, tmp_path / "out")["left"] == left
     file.write_text(file.read_text().replace("kind = ", "train = { max_length = 64 }, kind = "))
     assert power.plan_study(file, tmp_path / "out")["left"] == 10
+
+
+def test_a_plan_counts_bases_that_were_packed_otherwise(planned, tmp_path, monkeypatch):
+    text = planned("looks = []").read_text().replace('= "qlora"', '= { method = "qlora", quantize = { rounding = "gptq" } }')
+    (tmp_path / "study.toml").write_text(text)
+    scores = {"loss": 1.0, "accuracy": 0.5}
+    measured = {"memory": {"train_peak_bytes": 1, "load_peak_bytes": 1}, "seconds": 2.0, "speed": {"tokens_per_s": 1.0}}
+    result = {"scores": scores, "row_scores": {}, "evaluations": []}
+    monkeypatch.setitem(jobs.JOBS, "base", lambda job: {"status": "ok"})
+    monkeypatch.setitem(jobs.JOBS, "cell", lambda job: {"status": "ok", "result": result, "measured": measured})
+    monkeypatch.setitem(jobs.JOBS, "speed", lambda job: {"status": "ok", "skipped": "left out by the test"})
+    run_study(tmp_path / "study.toml", tmp_path / "out")
+    for options, left in {'"gptq"': 0, '"gptq", calibration_tokens = 512': 3}.items():
+        (tmp_path / "study.toml").write_text(text.replace('"gptq"', options))
+        plan = power.plan_study(tmp_path / "study.toml", tmp_path / "out")
+        assert (plan["left"], plan["tasks"][0]["detectable"]) == (left, None)  # all seeds alike
 
 
 def test_a_number_of_jobs_that_is_none_is_refused(planned, tmp_path):

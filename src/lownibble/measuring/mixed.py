@@ -138,7 +138,8 @@ def draw(of: Variances, seeds: int, rows: int, studies: int, generator: np.rando
     means = common + generator.normal(0, np.sqrt(of.seed + of.rest / rows), (studies, seeds))
     products = np.zeros((studies, seeds, seeds))
     if rows > 1:
-        root = np.linalg.cholesky(of.row * np.ones((seeds, seeds)) + max(of.rest, 1e-30) * np.eye(seeds))
+        rest = max(of.rest, 1e-12 * of.row, 1e-30)  # of identical seeds it is 0, and the root takes what rounding leaves positive
+        root = np.linalg.cholesky(of.row * np.ones((seeds, seeds)) + rest * np.eye(seeds))
         lower = np.tril(generator.normal(size=(studies, seeds, seeds)), -1)
         lower[:, :, rows - 1 :] = 0.0  # with fewer rows than seeds the products have not full rank
         for i in range(min(seeds, rows - 1)):

@@ -6,7 +6,7 @@ first step: the study itself has a little more). Variances are those of finished
 its [decide] names; of the same comparisons if these have any, else of the task, else of others by the same metric. Where there
 are none, `ASSUMED` stands in, and the plan says so. Variances from few seeds are uncertain, and so is the power.
 
-`detectable` is a difference that would be shown in 80% of studies with it.
+`detectable` is a difference that the last look would show in 80% of studies with it.
 
 Hours are those of records, too, and where there are none by operations (`durations.py`).
 """
@@ -57,27 +57,31 @@ TRIED, MOST_ROWS = (3, 5, 8, 12, 20, 30), 100_000
 
 
 def expected(
-    of: mixed.Variances, looks: Sequence[int], rows: int, margin: float, comparisons: int, studies: int = STUDIES
+    of: mixed.Variances, looks: Sequence[int], rows: int, margin: float, comparisons: int, studies: int = STUDIES,
+    seeds: int | None = None,
 ) -> tuple[float, float]:  # fmt: skip
     """The power of a comparison of equal methods, and its mean number of seeds until it is decided.
 
     Args:
-        looks: numbers of seeds; the last one is all of them. comparisons: planned in the study.
+        looks: numbers of seeds; the last one is all of them. comparisons: planned in the study. seeds: how many are run, by
+            default all: looks beyond them are not taken, and keep their share of the error.
     """
-    data = mixed.draw(of, looks[-1], rows, studies, np.random.default_rng(0))
-    seeds = np.full(studies, looks[-1])
-    shown = np.zeros(studies, bool)
+    seeds = looks[-1] if seeds is None else seeds
+    data = mixed.draw(of, seeds, rows, studies, np.random.default_rng(0))
+    until, shown = np.full(studies, seeds), np.zeros(studies, bool)
     for look, tail in zip(looks, tails(EQUIVALENT, looks, comparisons), strict=True):
-        new = is_shown(EQUIVALENT, mixed.estimate(data.first(look)), margin, tail) & ~shown
-        seeds[new], shown = look, shown | new
-    return float(shown.mean()), float(seeds.mean())
+        if look <= seeds:
+            new = is_shown(EQUIVALENT, mixed.estimate(data.first(look)), margin, tail) & ~shown
+            until[new], shown = look, shown | new
+    return float(shown.mean()), float(until.mean())
 
 
-def detectable(of: mixed.Variances, seeds: int, rows: int, comparisons: int) -> float:
-    """The difference that a study would show with a probability of `POWER`."""
+def detectable(of: mixed.Variances, seeds: int, rows: int, tail: float) -> float | None:
+    """The difference that a look at so many seeds, of this tail, would show with a probability of `POWER`; None: seeds that are
+    all alike show none."""
     data = mixed.estimate(mixed.draw(of, seeds, rows, STUDIES, np.random.default_rng(0)))
-    distance = data.reach(tails(DIFFERENT, (seeds,), comparisons)[0]) - data.mean
-    return float(np.quantile(distance, POWER))
+    distance = data.reach(tail) - data.mean
+    return float(np.quantile(distance, POWER)) if np.isfinite(distance).all() else None
 
 
 def plan_study(path: str | Path, output: str | Path, jobs: int = 1) -> dict[str, Any]:
@@ -96,7 +100,7 @@ def plan_study(path: str | Path, output: str | Path, jobs: int = 1) -> dict[str,
     durations = Durations(all_cells)
     for kind, seconds in (each for earlier in known for each in earlier.seconds):
         durations.learn(kind, seconds)
-    finished = known[0].configs if folders and folders[0] == Path(output) else {}
+    finished = known[0].cells if folders and folders[0] == Path(output) else {}
     ended = {_place(cell): cell for cell in all_cells if _has_ended(cell, finished)}
     left = [(cell, durations.seconds(kind_of(cell))) for cell in all_cells if _place(cell) not in ended]
     fitting = _fitting(spec, left, jobs)
@@ -136,7 +140,7 @@ class _Earlier:
     """What the records in a study's folder say.
 
     Attributes:
-        seconds: kind and seconds of each. configs: of its cells with a record, by their names; None: the record does not say.
+        seconds: kind and seconds of each. cells: what the records say of the cells that have one, by their names.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -152,11 +156,12 @@ class _Earlier:
             if found["status"] == "ok"
         ]
         names = ("model", "method", "task", "seed", "learning_rate", "tuning")
-        self.configs: dict[tuple[Any, ...], dict[str, Any] | None] = {
-            tuple(c[name] for name in names if c["tuning"] or name != "learning_rate"): found.get("cell", {}).get("config")
+        self.cells: dict[tuple[Any, ...], dict[str, Any]] = {
+            tuple(c[name] for name in names if c["tuning"] or name != "learning_rate"): found.get("cell", {})
             for c, found in ended
         }
-        every = {**study, "spec": {**study["spec"], "decide": {}}}
+        tasks = {name: {**task, "margin": None} for name, task in study["spec"]["tasks"].items()}
+        every = {**study, "spec": {**study["spec"], "decide": {}, "tasks": tasks}}  # its margins are its own
         self.comparisons = [c for c in comparisons(every, records) if c.data is not None and len(c.seeds) > 1]
 
 
@@ -166,21 +171,22 @@ def _place(cell: Cell) -> tuple[Any, ...]:
     return (cell.model, cell.method, cell.task, cell.seed, *rate, cell.tuning)
 
 
-def _has_ended(cell: Cell, finished: Mapping[tuple[Any, ...], dict[str, Any] | None]) -> bool:
+def _has_ended(cell: Cell, finished: Mapping[tuple[Any, ...], dict[str, Any]]) -> bool:
     """Whether a cell has a record with its options. Not looked at are files, which may have moved, and the learning rate that the
     search found."""
-    if (config := finished.get(_place(cell), {})) is None:
-        return True
-    if not config:
+    if (found := finished.get(_place(cell))) is None:
         return False
+    if "config" not in found:  # the record does not say
+        return True
     try:
-        before = RunConfig(**config)
+        before = RunConfig(**found["config"])
     except ConfigError:  # of a version with other options
         return False
     now = replace(cell, contents=("", "", ""))
     data = before.data.with_options(path=cell.config.data.path, eval_path=cell.config.data.eval_path)
     train = before.train if cell.tuning else before.train.with_options(learning_rate=cell.config.train.learning_rate)
-    return now.digest == replace(now, config=before.with_options(model=cell.config.model, data=data, train=train)).digest
+    config = before.with_options(model=cell.config.model, data=data, train=train)
+    return now.digest == replace(now, config=config, quantize=found.get("quantize", {})).digest
 
 
 def _hours(left: Sequence[tuple[Cell, float | None]], jobs: int) -> float | None:
@@ -208,13 +214,13 @@ def _task(
     of, margin, source = _variances(cell, metric, pairs, known)
     margin = spec.tasks[cell.task].margin or margin
     counted = rows if by_row else 1
-    looks = (*(look for look in spec.decide.looks if look < seeds), seeds)
-    enough = seeds > 1
-    power, until = expected(of, looks, counted, margin, n) if enough else (0.0, float(seeds))
+    looks = planned_looks(spec.decide.model_dump(), spec.seeds) if spec.decide.looks else (max(1, seeds),)
+    taken = [(look, tail) for look, tail in zip(looks, tails(DIFFERENT, looks, n), strict=True) if 1 < look <= seeds]
+    power, until = expected(of, looks, counted, margin, n, seeds=seeds) if taken else (0.0, float(seeds))
     return {
         "model": cell.model, "task": cell.task, "metric": metric, "margin": margin, "rows": rows, "seeds": seeds,
         "variances": of._asdict(), "source": source, "power": power, "seeds_until_decided": until,
-        "detectable": detectable(of, seeds, counted, n) if enough else None,
+        "detectable": detectable(of, taken[-1][0], counted, taken[-1][1]) if taken else None,
         "needs": [[s, r if by_row else rows] for s in TRIED if (r := _rows_needed(of, s, margin, n, wanted, by_row)) is not None],
     }  # fmt: skip
 
