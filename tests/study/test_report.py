@@ -142,6 +142,19 @@ def test_page_holds_all_it_needs(page_of, case):
     assert len(page.all("a")) == 1 + len(comparison["methods"])
 
 
+def test_records_of_all_seeds_are_linked_and_none_of_what_did_not_run(tmp_path):
+    comparison, runs = _two()
+    names = [summary["method"] for summary in comparison["methods"]]
+    files = [f"{names[0]}/record.json", *(f"{names[0]}/seed-{seed}/record.json" for seed in (2, 11))]
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    comparison["methods"][1] = {"method": names[1], "status": "left out", "error": "its weights are packed"}
+    runs[1] = {"status": "left out", "error": "its weights are packed", "config": {"method": names[1]}}
+    page = Page(write(tmp_path / "report.html", comparison, runs).read_text())
+    assert [has["href"] for tag, has in page.elements if tag == "a"] == ["record.json", *files]
+
+
 @pytest.mark.parametrize("case", ["hostile", "all-failed"])
 def test_names_from_outside_are_text(page_of, case):
     path, _, _ = page_of(case)

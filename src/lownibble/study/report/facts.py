@@ -170,11 +170,13 @@ def model(runs: list[tuple[str, dict[str, Any]]]) -> list[Fact]:
 
 
 def records(folder: Path, methods: list[str]) -> list[tuple[str, str]]:
-    """(relative URL, description) of the files beside the page."""
+    """(relative URL, description) of the files beside the page; `methods`: those that ran."""
     found = [("record.json", "the comparison: configuration, figures, advice")]
     for method in methods:
         found.append((f"{quote(method, safe='')}/record.json", f"{method}: every step and evaluation, memory, environment"))
         for name, what in (("events.jsonl", "events as they happened"), ("adapter/", "the trained adapter")):
             if (folder / method / name).exists():
                 found.append((f"{quote(method, safe='')}/{name}", f"{method}: {what}"))
+        seeds = [int(file.parent.name[5:]) for file in (folder / method).glob("seed-*/record.json")]
+        found += [(f"{quote(method, safe='')}/seed-{seed}/record.json", f"{method}, seed {seed}") for seed in sorted(seeds)]
     return found

@@ -75,7 +75,7 @@ def render(comparison: dict[str, Any], runs: list[dict[str, Any]], folder: Path)
         command=shlex.join(comparison.get("command", [])),
         lists=lists,
         apart=[fact.name for fact in [*lists["data"], *lists["environment"]] if fact.differs],
-        records=facts.records(folder, names),
+        records=facts.records(folder, [s["method"] for s in summaries if s["status"] != "left out"]),
     )
 
 
