@@ -376,6 +376,8 @@ def test_labels_that_a_template_prints(tokenizer, label, text):
 def test_alpaca_with_numbers(tokenizer):
     example = one(tokenizer, {"instruction": "Add 1.", "input": 2, "output": 3})
     assert tokenizer.decode(example.input_ids) == "Add 1.\n\n2\n\n3<|im_end|>"
+    example = one(tokenizer, {"instruction": "Add 1.", "input": float("nan"), "output": 3})  # pandas' for nothing
+    assert tokenizer.decode(example.input_ids) == "Add 1.\n\n3<|im_end|>"
 
 
 def test_a_column_without_a_value_in_any_row_does_not_decide_the_form(tokenizer):

@@ -93,7 +93,10 @@ def _call(arguments):
 def test_nulls_that_parquet_adds_are_not_said(tmp_path):
     """Parquet gives every object the keys of all others. Oracle: the rows before they were written."""
     tools = [{"name": "f", "parameters": {"city": {"type": "string"}}}, {"name": "f", "parameters": {"zip": {"type": "string"}}}]
-    rows = [{"prompt": [USER], "chosen": [_call({name: "x"})], "rejected": [BAD], "tools": tools} for name in ("city", "zip")]
+    rows = [  # each column has keys of its own
+        {"prompt": [USER], "chosen": [_call({name: "x"})], "rejected": [_call({"town": "x"})], "tools": tools}
+        for name in ("city", "zip")
+    ]
     labelled = [{"prompt": "film", "completion": [BAD, *row["chosen"]], "label": True, "tools": tools} for row in rows]
     implicit = [{name: [USER, *row[name]] for name in ("chosen", "rejected")} | {"tools": tools} for row in rows]
     for fields, read in (

@@ -354,12 +354,17 @@ class ChatRenderer:
         return messages if texts and not self._takes_parts("user") else [self._form(message) for message in messages]
 
     def _form(self, message: dict[str, Any]) -> dict[str, Any]:
-        content, role = message.get("content"), message["role"]
-        if isinstance(content, str) and self._takes_parts(role):
+        content = message.get("content")
+        if isinstance(content, str) and self._takes_parts("user") and self._takes_parts(message["role"]) is not False:
             return {**message, "content": [{"type": "text", "text": content}]}
-        if isinstance(content, list) and all(is_text(part) for part in content) and self._takes_parts(role) is False:
+        if isinstance(content, list) and all(is_text(part) for part in content) and self._joins_parts(message["role"]):
             return {**message, "content": "".join(texts_of(message))}
         return message
+
+    def _joins_parts(self, role: str) -> bool:
+        """Whether a role's parts are given as text: where nobody's parts are read, and where its own are not."""
+        own = self._takes_parts(role)
+        return own is False or (own is None and self._takes_parts("user") is False)
 
 
 def _spoken(role: str, content: Any) -> list[dict[str, Any]]:

@@ -11,12 +11,14 @@
 What a row does not need for this is left alone. A row that is none of these stays as it is.
 
 Parquet and arrow give every object the keys of all others, null where it has none; so have JSON files that are written from them.
-Such nulls inside of calls and tools are taken away. In a file whose calls, or tools, differ in their keys nulls are meant.
+Such nulls inside of calls and tools are taken away. Where the calls of a column, or the tools, differ in their keys, nulls are
+meant.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -57,12 +59,14 @@ def standard(fields: dict[str, Any], *, padded: bool = True) -> dict[str, Any]:
 
 
 def is_padded(rows: Iterable[dict[str, Any]]) -> bool:
-    """Whether nulls in objects may be those of a file that gives all of them the same keys: no two calls, nor tools, differ."""
-    seen: tuple[set[frozenset[str]], ...] = (set(), set())
+    """Whether nulls in objects may be those of a file that gives all of them the same keys: no two calls, nor tools, of a column
+    differ in theirs."""
+    keys_of: dict[str, set[Any]] = {}
     for fields in rows:
-        for kind, found in zip(seen, (_arguments_of(fields), _properties_of(fields)), strict=True):
-            kind.update(frozenset(each) for each in found if isinstance(each, dict))
-            if len(kind) > 1:
+        for column, found in _objects_of(fields):
+            known = keys_of.setdefault(column, set())
+            known.add(frozenset(found))
+            if len(known) > 1:
                 return False
     return True
 
@@ -73,22 +77,24 @@ def n_asked(turns: list[Any]) -> int:
     return next((n for n, is_marked in enumerate(marked) if not is_marked), len(turns))
 
 
-def _arguments_of(fields: dict[str, Any]) -> Iterator[Any]:
-    """What is given to each call of a row's conversations."""
-    for key in (*CONVERSATIONS, "conversations"):
-        for turn in fields[key] if isinstance(fields.get(key), list) else []:
-            calls = turn.get("tool_calls") if isinstance(turn, dict) else None
-            for call in calls if isinstance(calls, list) else []:
-                inner = call.get("function", call) if isinstance(call, dict) else None
-                yield inner.get("arguments") if isinstance(inner, dict) else None
+def _objects_of(fields: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Columns of a row with what is given to each call in them, and the properties of each tool."""
+    for column in (*CONVERSATIONS, "conversations"):
+        for turn in fields[column] if isinstance(fields.get(column), list) else []:
+            for function in _functions(turn.get("tool_calls") if isinstance(turn, dict) else None):
+                if isinstance(arguments := function.get("arguments"), dict):
+                    yield column, arguments
+    for function in _functions(fields.get("tools")):
+        parameters = function.get("parameters")
+        if isinstance(parameters, dict) and isinstance(properties := parameters.get("properties"), dict):
+            yield "tools", properties
 
 
-def _properties_of(fields: dict[str, Any]) -> Iterator[Any]:
-    """The properties of each tool of a row."""
-    for tool in fields["tools"] if isinstance(fields.get("tools"), list) else []:
-        inner = tool.get("function", tool) if isinstance(tool, dict) else None
-        parameters = inner.get("parameters") if isinstance(inner, dict) else None
-        yield parameters.get("properties") if isinstance(parameters, dict) else None
+def _functions(calls: Any) -> Iterator[dict[str, Any]]:
+    """The functions of a list of calls or tools."""
+    for call in calls if isinstance(calls, list) else []:
+        if isinstance(call, dict) and isinstance(function := call.get("function", call), dict):
+            yield function
 
 
 def _conversations(fields: dict[str, Any], names: tuple[str, str]) -> dict[str, Any]:
@@ -145,7 +151,9 @@ def _alpaca(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_text(value: Any) -> Any:
-    """A number as text; others as they are."""
+    """A number as text; others as they are, and what pandas writes for nothing as null."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
     return str(value) if isinstance(value, (int, float)) else value
 
 
