@@ -231,6 +231,20 @@ def test_tools_reach_the_template(tokenizer):
         assert trained_text(made, example) == "b<|im_end|>"
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_that_the_template_leaves_out_is_told(tokenizer, key):
+    """Of the last turn; that of earlier ones many templates leave out by design."""
+    turns = [user("a"), assistant("b", **{key: "hm\nwell"}), user("a"), assistant("b", **{key: "so"})]
+    made = copy.deepcopy(tokenizer)
+    prints = "{% if loop.last %}{{ m." + key + " }} {% endif %}{{ m.content }}"
+    for template, count in ((TEXT, 1), (TEXT.replace("{{ m.content }}", prints), 0)):
+        made.chat_template = template
+        found = encode(Dataset("rows", [Row({"messages": turns}, "rows:1")]), made, DataConfig(), 512)
+        assert found.n_unsaid == count
+        told = "the chat template leaves out the reasoning of the last turn of 1 training conversations"
+        assert (told in warnings_of([found, found], made, 512)) == bool(count)
+
+
 def test_a_role_that_the_template_drops_is_an_error(tokenizer):
     made = copy.deepcopy(tokenizer)
     made.chat_template = TEXT.replace("{% for m in messages %}", "{% for m in messages if m.role != 'developer' %}")

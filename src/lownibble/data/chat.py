@@ -32,6 +32,7 @@ from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
 from lownibble.data.turns import (
+    REASONING_KEYS,
     Regions,
     Span,
     append,
@@ -40,6 +41,7 @@ from lownibble.data.turns import (
     header_end,
     holds_answers,
     is_text,
+    lines_of,
     owner_of,
     plain_content,
     question_end,
@@ -66,12 +68,14 @@ class Rendered(NamedTuple):
         spans: what the assistant wrote, in order; a turn may have several.
         marked: the spans are the template's own marks.
         only_last: the template does not let all assistant turns be told apart, and `spans` has the last one only.
+        unsaid: the template leaves out the reasoning of the last turn. (Many leave out that of earlier ones, by design.)
     """
 
     text: str
     spans: list[Span]
     marked: bool = False
     only_last: bool = False
+    unsaid: bool = False
 
 
 class ChatRenderer:
@@ -175,7 +179,9 @@ class ChatRenderer:
             written[number] = written.get(number, "") + text[start:end]
         for number in wanted[-1:] if found.only_last else wanted:
             check_shown(messages, number, written.get(number, ""))
-        return found
+        reasoning = [messages[wanted[-1]].get(name) for name in REASONING_KEYS] if wanted[-1] == speaking[-1] else []
+        lines = [line for said in reasoning for line in lines_of({"content": said})]
+        return found._replace(unsaid=any(line not in text for line in lines))
 
     def _by_turns(self, messages: list[dict[str, Any]], tools: Any, text: str, wanted: list[int]) -> Rendered:
         """The wanted turns by boundaries or contents, or the last one."""

@@ -32,6 +32,7 @@ from lownibble.config import DataConfig
 from lownibble.data.dialects import TRAIN, n_asked
 from lownibble.data.pairs import PAIRED, pair_of
 from lownibble.data.rows import Dataset, Problems, Row, canonical
+from lownibble.data.turns import REASONING_KEYS
 from lownibble.errors import ConfigError, DataError
 
 Form = Literal["messages", "prompt-completion", "text-label", "text", "preference", "unpaired"]
@@ -57,7 +58,7 @@ TRAINED = (TRAIN, "training", "weight")
 """Keys of a message that say whether its turn is trained: true or false, 1 or 0 (`weight` is OpenAI's); no template sees them."""
 
 
-ASKED = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking", *TRAINED)
+ASKED = ("role", "content", "name", "tool_calls", "tool_call_id", *REASONING_KEYS, *TRAINED)
 """Keys of a message that say what it says, and whether it is trained."""
 
 

@@ -158,6 +158,8 @@ def warnings_of(encoded: list[Encoded], tokenizer: Any, max_length: int) -> list
                 f"of {side.n_last_only} {which} conversations only the last assistant turn is trained: the chat template does "
                 "not let the others be told apart"
             )
+        if side.n_unsaid:
+            told.append(f"the chat template leaves out the reasoning of the last turn of {side.n_unsaid} {which} conversations")
     training, evaluation = encoded
     if training.form == "unpaired":
         told += _one_sided(training)

@@ -58,7 +58,8 @@ class Example(NamedTuple):
 class Encoded:
     """A tokenised data set: its examples in row order, its form, and how many rows were longer than `max_length` and therefore
     truncated, or dropped; of how many conversations only the last assistant turn is trained, because the template does not
-    let the others be told apart; and in how many preferences an answer was truncated, too."""
+    let the others be told apart; in how many preferences an answer was truncated, too; and of how many conversations the template
+    leaves out the last turn's reasoning."""
 
     examples: list[Example]
     form: Form
@@ -66,6 +67,7 @@ class Encoded:
     n_dropped: int = 0
     n_last_only: int = 0
     n_answers_cut: int = 0
+    n_unsaid: int = 0
 
 
 def digest_of(sides: Iterable[Encoded]) -> str:
@@ -94,7 +96,7 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCon
     coder = TokenCoder(tokenizer)
     problems = Problems(dataset.name)
     examples: list[Example] = []
-    n_cut = n_dropped = n_last_only = 0
+    n_cut = n_dropped = n_last_only = n_unsaid = 0
     for row, tokens in zip(dataset.rows, tokenise(dataset.rows, recipe, coder, problems), strict=True):
         ids, is_label = _fit(tokens, coder, recipe.form, max_length)
         if not config.mask_prompt:
@@ -111,13 +113,14 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCon
             )
         n_cut += n_tokens > max_length
         n_last_only += tokens.last_only
+        n_unsaid += tokens.unsaid
         if not any(is_label):
             problems.add(row.origin, _no_label(n_tokens, max_length, recipe.form))
         examples.append(Example(ids, is_label, row.origin))
     problems.check()
     if not examples:
         raise DataError(f"All {n_dropped} rows of '{dataset.name}' are longer than max_length {max_length}. Raise it.")
-    return Encoded(examples, recipe.form, n_cut, n_dropped, n_last_only)
+    return Encoded(examples, recipe.form, n_cut, n_dropped, n_last_only, n_unsaid=n_unsaid)
 
 
 def prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, room: int) -> list[list[int]]:
@@ -146,6 +149,7 @@ class Tokens(NamedTuple):
     rest: list[int]
     is_label: list[bool]
     last_only: bool = False
+    unsaid: bool = False
 
 
 class TokenCoder:
@@ -316,7 +320,7 @@ def tokenise(rows: list[Row], recipe: Recipe, coder: TokenCoder, problems: Probl
                 problems.add(row.origin, str(error))
         problems.check()
         return [
-            _chat_tokens(ids, spans, recipe.form)._replace(last_only=chat.only_last)
+            _chat_tokens(ids, spans, recipe.form)._replace(last_only=chat.only_last, unsaid=chat.unsaid)
             for (ids, spans), chat in zip(tokenise_chats(coder, chats), chats, strict=True)
         ]
     if recipe.form == "text":

@@ -12,6 +12,9 @@ from lownibble.errors import DataError
 PART_ENDS = ">]:\n "
 """Characters that end a part of a header: a special token, a name, a line."""
 
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that may hold its reasoning."""
+
 Span = tuple[int, int, int]
 """Start, end, and number of the message, of text that the assistant wrote; in characters, or in tokens."""
 
