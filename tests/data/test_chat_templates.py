@@ -373,6 +373,20 @@ def test_an_answer_that_repeats_the_call(tokenizer, name):
     assert "weather" not in by_turn[3]
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("name", NAMES)
+def test_no_content_beside_a_call_is_an_empty_one(tokenizer, name):
+    """OpenAI's rows have null there."""
+    made, found = with_template(tokenizer, name), []
+    for content in ("", None):
+        messages = [user("Weather?"), assistant(content, tool_calls=[CALL]), ANSWER, assistant("It is sunny.")]
+        try:
+            found.append(encoded(made, messages, TOOLS))
+        except DataError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+
+
 def with_arguments(arguments):
     call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
     return [user("Weather?"), assistant("", tool_calls=[call]), ANSWER, assistant("It is sunny.")]

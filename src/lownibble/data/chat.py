@@ -128,6 +128,21 @@ class ChatRenderer:
     def _either(
         self, messages: list[dict[str, Any]], tools: Any, generation: bool, **options: Any
     ) -> tuple[list[dict[str, Any]], str]:  # fmt: skip
+        """The messages in the form that the template takes, and their text. Beside calls, no content is an empty one to templates
+        that want text."""
+        try:
+            return self._called(messages, tools, generation, **options)
+        except DataError:
+            silent = [bool(message.get("tool_calls")) and message.get("content") is None for message in messages]
+            if not any(silent):
+                raise
+            pairs = zip(messages, silent, strict=True)
+            filled = [self._form({**message, "content": ""}) if none else message for message, none in pairs]
+            return self._called(filled, tools, generation, **options)
+
+    def _called(
+        self, messages: list[dict[str, Any]], tools: Any, generation: bool, **options: Any
+    ) -> tuple[list[dict[str, Any]], str]:  # fmt: skip
         """The messages, with the arguments of their calls in the form that the template takes, and their text. Arguments that are
         text (OpenAI's) are tried as the object that they hold first: many templates print them as JSON, and text as a string."""
         parsed = [_with_calls(message, _object_call) for message in messages]
