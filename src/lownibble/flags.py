@@ -120,7 +120,7 @@ def _has_numbers(field: FieldInfo) -> bool:
 def _parts(text: str, field: FieldInfo) -> list[str] | None:
     """The parts of a comma-separated list; None where an option may also be a text, and the parts are no names (or numbers, in a
     list of them): then it is one, such as a regular expression."""
-    parts = [part for part in text.split(",") if part]
+    parts = [part.strip() for part in text.split(",") if part.strip()]
     plain = r"\d+" if _has_numbers(field) else r"[\w.-]+"
     return parts if str not in kinds_of(field) or all(re.fullmatch(plain, part) for part in parts) else None
 

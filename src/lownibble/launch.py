@@ -26,7 +26,7 @@ def is_several() -> bool:
 
 def world() -> int:
     """The number of processes. A cluster may tell a pod that it is one of one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or "1")
 
 
 def rank() -> int:

@@ -153,7 +153,7 @@ class Options(BaseModel):
         for name, value in values.items():
             field = cls.model_fields.get(name)
             kinds = set() if field is None else kinds_of(field)
-            if value == "none" and NoneType in kinds and str not in kinds:
+            if isinstance(value, str) and value == "none" and NoneType in kinds and str not in kinds:
                 taken[name] = None
             elif isinstance(value, (bool, str)) and type(value) not in kinds and kinds <= {int, float, bool, NoneType} and kinds:
                 assert field is not None

@@ -90,7 +90,7 @@ def test_bytes_of_parquet_are_text_where_they_are(tmp_path):
     rows = read_file(written(tmp_path / "a.parquet", text=[b"caf\xc3\xa9", None], label=pa.array([b"\xff", b"a"])))
     assert [row.fields for row in rows] == [{"text": "caf\u00e9", "label": b"\xff"}, {"text": None, "label": b"a"}]
     path = written(tmp_path / "b.parquet", text=["a", "b"], label=pa.array([b"\xff", b"a"]))
-    with pytest.raises(DataError, match=r"b.parquet:1: the field 'label' must be text, not bytes"):
+    with pytest.raises(DataError, match=r"b.parquet:1: the field 'label' must be text, a number or a date, not bytes"):
         load(DataConfig(path=str(path)))
 
 

@@ -7,12 +7,13 @@ from decimal import Decimal
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lownibble.config import DataConfig, RunConfig
 from lownibble.data import Dataset, Row, encode
 from lownibble.data.demo import COMPLETION_TEMPLATE, PROMPT_TEMPLATE
+from lownibble.data.template import TokenCoder
 from lownibble.errors import ConfigError, DataError, ModelError
 from lownibble.training import starts
 
@@ -343,9 +344,9 @@ def test_templates_that_rewrite_or_refuse(tokenizer):
         ({"text": None}, "the field 'text' is null"),
         ({"text": "\ud800"}, "half of a surrogate pair"),
         ({"text": "a", "label": float("nan")}, "the field 'label' is nan"),
-        ({"text": "a", "label": ["x"]}, "the field 'label' must be text, not list"),
-        ({"text": "a", "label": ("x",)}, "the field 'label' must be text, not tuple"),
-        ({"text": "a", "label": b"x"}, "the field 'label' must be text, not bytes"),
+        ({"text": "a", "label": ["x"]}, "the field 'label' must be text, a number or a date, not list"),
+        ({"text": "a", "label": ("x",)}, "the field 'label' must be text, a number or a date, not tuple"),
+        ({"text": "a", "label": b"x"}, "the field 'label' must be text, a number or a date, not bytes"),
         ({"text": "a", "label": Decimal("nan")}, "the field 'label' is NaN"),
         ({"instruction": "a", "input": ["x"], "output": "b"}, r"the field 'prompt' must be text, not list \(\['x'\]\)"),
         ({"instruction": "a", "output": {"x": 1}}, "the field 'completion' must be text, not dict"),
@@ -463,3 +464,35 @@ def test_rows_that_are_too_long(tokenizer):
         encode(rows, tokenizer, DataConfig(overlength="error"), 16)
     with pytest.raises(DataError, match="All 3 rows of 'rows' are longer than max_length 2"):
         encode(data(*[{"text": "a b c d"}] * 3), tokenizer, DataConfig(overlength="drop"), 2)
+
+
+def _unigram(end=""):
+    """A tokenizer of SentencePiece's unigram kind that makes a space of a new line, as XGLM's and mBART's do."""
+    core = Tokenizer(models.Unigram())
+    core.normalizer = normalizers.Sequence([normalizers.Replace("\n", " "), normalizers.Replace(Regex(" {2,}"), " ")])
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    words = ["Answer: table of rows", "Year 1 (x)", "a Z 1 ("] * 4
+    special = ["<s>", "</s>", "<unk>", "<mask>", "en"]
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
+    core.train_from_iterator(words, trainer)
+    ends = [(token, core.token_to_id(token)) for token in ("<s>", "</s>", "en")]
+    if end:
+        core.post_processor = processors.TemplateProcessing(single=end, special_tokens=ends)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>", "mask_token": "<mask>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
+
+
+def test_a_texts_own_space_is_kept_where_new_lines_become_spaces():
+    coder = TokenCoder(_unigram("<s> $A"))
+    assert coder.opens
+    for prompt, completion in (("Answer:", " Year 1"), ("Answer:", " (x)"), ("Answer", ": table"), ("Year:", " Z")):
+        whole = coder.tokenizer.decode(coder.batch([prompt])[0] + coder.after([prompt], [completion])[0])
+        assert whole == prompt + completion
+
+
+@pytest.mark.parametrize("end", ["$A </s>", "$A </s> en", "<s> $A </s>"])
+def test_what_an_encoder_decoder_writes_begins_a_text(end):
+    coder = TokenCoder(_unigram(end))
+    assert not coder.opens
+    assert coder.after(["Year"], ["table of rows"]) == coder.batch(["table of rows"])

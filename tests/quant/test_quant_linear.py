@@ -244,7 +244,7 @@ def test_the_meta_device_takes_and_gives_layers():
     assert torch.equal(again(x).float(), whole.bfloat16()(x).float())
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at the first use; its category changed in 2.15
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, of another category from 2.15 on
 @pytest.mark.parametrize("rows", [2, 8])
 def test_a_derivative_forward_is_refused_not_lost(rows):
     packed, x = pair()[0], torch.randn(rows, 80)

@@ -23,10 +23,11 @@ import math
 import string
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import date, time
+from datetime import date, time, timedelta
 from decimal import Decimal
 from numbers import Number
 from typing import Any, Literal, NamedTuple
+from uuid import UUID
 
 from lownibble.config import DataConfig
 from lownibble.data.dialects import TRAIN, n_asked
@@ -51,7 +52,7 @@ LABEL_PROMPT = "{text}\nLabel:"
 LABEL_COMPLETION = " {label}"
 
 
-PLAIN = (str, Number, date, time)
+PLAIN = (str, Number, date, time, timedelta, UUID)
 """Types that a template prints as a reader would; dates with a time are dates, true and false are numbers."""
 
 TRAINED = (TRAIN, "training", "weight")
@@ -251,7 +252,7 @@ def _row_problem(row: Row, recipe: Recipe, names: list[str], form: Form | None) 
     try:
         prompt, completion = recipe.pair(row)
     except (ValueError, TypeError, MemoryError, OverflowError) as error:
-        return f"the template does not fit the row's values: {error}. Mend the template's format."
+        return f"the template does not fit the row's values: {error or type(error).__name__}. Mend the template's format."
     if not prompt.strip() or not completion.strip():
         return f"the {'completion' if prompt.strip() else 'prompt'} is empty. Fill it, or remove the row."
     return None
@@ -264,7 +265,7 @@ def value_problem(value: Any, text: bool) -> str | None:
     if isinstance(value, (float, Decimal)) and not math.isfinite(value):
         return f"is {value}"
     if not isinstance(value, (str,) if text else PLAIN):
-        return f"must be text, not {type(value).__name__} ({str(value)[:40]})"
+        return f"must be text{'' if text else ', a number or a date'}, not {type(value).__name__} ({str(value)[:40]})"
     if isinstance(value, str):
         if text and not value.strip():
             return "is empty"

@@ -186,11 +186,12 @@ def _tokenise(found: list[tuple[Row, Preference]], coder: TokenCoder, problems: 
     if not found or isinstance(found[0][1].prompt, str):
         asked = [str(preference.prompt) for _, preference in found]
         prompts = coder.prompts(asked)
-        answers = [
-            coder.after([prompt] * len(preference.answers), [str(answer) for answer in preference.answers])
-            for prompt, (_, preference) in zip(asked, found, strict=True)
+        pairs = [(prompt, str(each)) for prompt, (_, of) in zip(asked, found, strict=True) for each in of.answers]
+        answers = iter(coder.after([prompt for prompt, _ in pairs], [answer for _, answer in pairs]))
+        return [
+            _Sequences(prompt, [coder.ended(ids) for ids in itertools.islice(answers, len(of.answers))])
+            for prompt, (_, of) in zip(prompts, found, strict=True)
         ]
-        return [_Sequences(prompt, [coder.ended(ids) for ids in of_row]) for prompt, of_row in zip(prompts, answers, strict=True)]
     chats, counts = [], []
     for row, preference in found:
         try:

@@ -168,22 +168,25 @@ class TokenCoder:
     def after(self, before: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text as it goes on after another ("": as a text of its own), without special tokens. A special token
         that it follows is what it follows in the tokenizer's eyes, too: some put a space after those."""
-        found = self.batch(list(texts))
+        found: dict[int, list[int]] = {}
         left = [n for n, front in enumerate(before) if front] if self.opens else []
         for anchor in ANCHORS:
             anchors = [next((token for token in self._added if before[n].endswith(token)), anchor) for n in left]
-            behind, waiting, left = self._behind(anchors, [texts[n] for n in left]), left, []
-            for n, ids in zip(waiting, behind, strict=True):
-                if ids is None:
-                    left.append(n)
-                else:
-                    found[n] = ids
-        return found
+            behind = self._behind(anchors, [texts[n] for n in left])
+            found |= {n: ids for n, ids in zip(left, behind, strict=True) if ids is not None}
+            left = [n for n in left if n not in found]
+        alone = [n for n in range(len(texts)) if n not in found]
+        found |= dict(zip(alone, self.batch([texts[n] for n in alone]), strict=True))
+        return [found[n] for n in range(len(texts))]
 
     def _behind(self, anchors: list[str], texts: list[str]) -> list[list[int] | None]:
-        """Token ids of each text behind an anchor; None where its first token joins the anchor."""
+        """Token ids of each text behind an anchor; None where its first token joins the anchor, or the tokenizer does not keep
+        that: some make a space of a new line, which a text's own space would join."""
         different = list(dict.fromkeys(anchors))
-        ids_of = dict(zip(different, self.batch(different), strict=True))
+        ids_of = {
+            anchor: ids if self.tokenizer.decode(ids).endswith(anchor) else []
+            for anchor, ids in zip(different, self.batch(different), strict=True)
+        }
         fronts, whole = [ids_of[anchor] for anchor in anchors], self.batch([*map(str.__add__, anchors, texts)])
         pairs = zip(fronts, whole, strict=True)
         return [ids[len(front) :] if front and ids[: len(front)] == front else None for front, ids in pairs]
@@ -192,9 +195,9 @@ class TokenCoder:
     def opens(self) -> bool:
         """Whether the tokenizer puts something before a text that is not there in the middle of one."""
         whole: list[int] = self.tokenizer("a", add_special_tokens=True)["input_ids"]
-        ends, begins = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-        if ends is not None and whole[-1:] == [ends] and whole[:1] != [begins]:
-            return False
+        begins, ends, masks = (getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "mask"))
+        if ends is not None and ends in whole[1:] and (whole[:1] != [begins] or masks is not None):
+            return False  # an encoder's: T5 `a </s>`, mBART `a </s> en_XX`, BART `<s> a </s>`; decoders' have no mask
         probes = [*"aZ1("]
         alone = self.batch(probes)
         pairs = [pair for anchor in ANCHORS for pair in zip(self._behind([anchor] * 4, probes), alone, strict=True)]

@@ -70,11 +70,10 @@ def _is_input(name: str, value: object) -> bool:
 
 def _counts(positions: object, mask: Tensor) -> bool:
     """Whether positions ((B, T), or one such for each of several axes) count the tokens of each row."""
-    if not isinstance(positions, Tensor):
-        return True
-    there, expected = mask != 0, mask.cumsum(dim=-1) - 1
-    fits = positions.shape[-2:] == mask.shape or (positions.shape[-2:] == (1, mask.shape[1]) and len(mask) == 1)
-    return fits and bool(((positions == expected) | ~there).all())
+    if not isinstance(positions, Tensor) or positions.dim() < 2:
+        return positions is None
+    fits = positions.shape[-1] == mask.shape[1] and positions.shape[-2] in (1, len(mask))  # one row is for all
+    return fits and bool(((positions == mask.cumsum(dim=-1) - 1) | (mask == 0)).all())
 
 
 def _state(model: Any) -> object:
