@@ -229,6 +229,21 @@ def test_models_of_another_form_run_on_transformers_modules(quantized, family):
     assert torch.equal(model.generate(**asked, custom_generate=ln.decode), model.generate(**asked))
 
 
+def test_queries_that_are_scaled_by_their_position(quantized):
+    """From a position on that the check of the first tokens does not reach. Oracle: the model's own pass over the whole."""
+    rope = {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.5,
+    }  # fmt: skip
+    model = quantized("ministral3", head_dim=8, max_position_embeddings=256, rope_parameters=rope)
+    found = choose(model)
+    assert "queries are scaled by their position" in found.note
+    ids = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        logits = found.step(ids, torch.zeros_like(ids), torch.arange(40), found.cache(1, 40))
+        torch.testing.assert_close(logits, model(ids.unsqueeze(0)).logits[0], **CLOSE)
+
+
 def test_a_model_that_fails_the_check_is_checked_once(quantized, monkeypatch):
     model = quantized("helium", head_dim=8)
     for _ in range(2):

@@ -57,12 +57,14 @@ def read_layers(model: Any) -> DecoderLayers:
     layers = getattr(base, "layers", None)
     if layers is None or not all(getattr(base, name, None) for name in ("norm", "rotary_emb")):
         raise RefusedError(model, "its parts are not called 'layers', 'norm' and 'rotary_emb'")
-    ropes = rope_types(model)
-    if other := {*ropes.values()} - {*ROPE_TYPES}:
+    of_kinds = rope_types(model)
+    if other := {*of_kinds.values()} - {*ROPE_TYPES}:
         raise RefusedError(model, f"its rotary embedding is '{other.pop()}', which depends on more than the position")
+    if any(each.get("llama_4_scaling_beta") is not None for each in ropes(model.config.get_text_config())):
+        raise RefusedError(model, "its queries are scaled by their position")  # which the first positions do not show
     found = [_layer(model, f"layer {index}", layer) for index, layer in enumerate(layers)]
-    kinds = [None] * len(found) if None in ropes else model.config.get_text_config().layer_types
-    if other := {*kinds} - {*ropes}:
+    kinds = [None] * len(found) if None in of_kinds else model.config.get_text_config().layer_types
+    if other := {*kinds} - {*of_kinds}:
         raise RefusedError(model, f"its layers of kind '{other.pop()}' have no rotary embedding")
     told = _told(model)
     if {*told} != {*range(len(found))}:
@@ -75,7 +77,7 @@ def read_layers(model: Any) -> DecoderLayers:
         scaling, window, softcap, _ = told[index]
         scaling = layer.scaling if scaling is None else scaling
         found[index] = layer._replace(
-            scaling=scaling, window=window, softcap=softcap, rope=[*ropes].index(kinds[index]),
+            scaling=scaling, window=window, softcap=softcap, rope=[*of_kinds].index(kinds[index]),
             residual_scale=getattr(layers[index], "residual_multiplier", 1.0),
         )  # fmt: skip
     return DecoderLayers(found)
@@ -90,6 +92,12 @@ def rope_types(model: Any) -> Mapping[str | None, str]:
     """Kind of layers -> type of their rotary embedding; None: of all layers."""
     found: str | dict[str | None, str] = language_model(model).rotary_emb.rope_type
     return found if isinstance(found, dict) else {None: found}
+
+
+def ropes(config: Any) -> list[dict[str, Any]]:
+    """The parameters of the rotary embeddings, one or one per kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [each for each in (rope, *rope.values()) if isinstance(each, dict)]
 
 
 def _told(model: Any) -> Mapping[int, Attending]:

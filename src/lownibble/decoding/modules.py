@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lownibble.decoding.caches import PastCache, SlotCache
 from lownibble.decoding.decoder import PROMPT_TOKENS, Decoder, RefusedError
-from lownibble.decoding.form import ROPE_TYPES
+from lownibble.decoding.form import ROPE_TYPES, ropes
 from lownibble.decoding.hooks import hooked
 from lownibble.decoding.mixture import Tokens
 from lownibble.decoding.slots import Rows, attending
@@ -332,7 +332,7 @@ class ModulesDecoder(Decoder):
     def _obstacle(self) -> str:
         """Why sequences cannot run together, or ''."""
         config, found = self.model.config.get_text_config(), inspect.signature(body(self.model).forward).parameters
-        kinds = {each.get("rope_type", "default") for each in _ropes(config)}
+        kinds = {each.get("rope_type", "default") for each in ropes(config)}
         if other := kinds - {*ROPE_TYPES}:
             return f"its rotary embedding is '{other.pop()}', which depends on more than the position"
         if "position_ids" not in found:
@@ -401,17 +401,11 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
 
 
-def _ropes(config: Any) -> list[dict[str, Any]]:
-    """The parameters of the rotary embeddings, one or one per kind of layer."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return [each for each in (rope, *rope.values()) if isinstance(each, dict)]
-
-
 def _rope_limit(config: Any) -> tuple[str, int | None]:
     """The rotary embedding whose angles change with the length, and up to how many tokens they stay; or ('', None)."""
     found = [
         (kind, config.max_position_embeddings if kind == "dynamic" else each["original_max_position_embeddings"])
-        for each in _ropes(config) if (kind := each.get("rope_type")) in ("dynamic", "longrope")
+        for each in ropes(config) if (kind := each.get("rope_type")) in ("dynamic", "longrope")
     ]  # fmt: skip
     return min(found, key=lambda one: one[1], default=("", None))
 
