@@ -278,9 +278,15 @@ class ModelShape:
         return self.linear_parameters + self.expert_parameters + self.norm_parameters + biases + tables + others
 
 
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The contents of a config.json, or of its text model's if it is of a model that takes images, too."""
+    part: Mapping[str, Any] = config.get("text_config") or config
+    return part
+
+
 def is_known(config: Mapping[str, Any]) -> bool:
     """Whether the contents of a config.json, or of its text model's, are of a family in `FAMILIES`, with layers all alike."""
-    config = config.get("text_config", config)
+    config = text_part(config)
     return str(config.get("model_type", "")) in FAMILIES and not _mixed(config)
 
 
@@ -303,8 +309,8 @@ def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelS
     if isinstance(config, (str, Path)):
         name = name or str(config)
     contents = read_config(config) if isinstance(config, (str, Path)) else config
-    wrapper = str(contents.get("model_type", "")) if "text_config" in contents else ""
-    contents = contents.get("text_config", contents)
+    wrapper = str(contents.get("model_type", "")) if text_part(contents) is not contents else ""
+    contents = text_part(contents)
     model_type = str(contents.get("model_type", ""))
     if model_type not in FAMILIES:
         near = difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0.3)

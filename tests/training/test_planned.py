@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from lownibble.arch import read_shape
 from lownibble.config import DataConfig, LoraConfig, PlanConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError, InputError, ModelError
 from lownibble.memory import planned
+from lownibble.models.load import pack, uninitialised
 from lownibble.planning import calibration, hardware
 from lownibble.planning.memory import plan_memory
 from lownibble.planning.plan import plan
@@ -143,6 +145,54 @@ def test_calibration_is_kept_and_used(tiny_model, cache):
     assert calibration.calibrated(hardware.device("cpu")).efficiency.keys() == {"lora", "qlora"}
     (row,) = plan(asked).rows
     assert row.speed.step_s.low <= found["measured"]["lora"]["step_s"][1] <= row.speed.step_s.high
+
+
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "head_dim": 16, "vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MIXTURE = {**SMALL, "model_type": "mixtral", "num_local_experts": 4}
+CALIBRATED = {
+    "mixture": (MIXTURE, "qlora", {}, {}),
+    "text model": ({"model_type": "gemma3", "text_config": {**SMALL, "model_type": "gemma3_text"}}, "lora", {}, {}),
+    "no list of kinds": ({**SMALL, "model_type": "qwen2", "layer_types": None, "text_config": None}, "lora", {}, {}),
+    "preferences": ({**SMALL, "model_type": "llama"}, "lora", {"objective": "dpo", "beta": 0.2, "loss_type": "ipo"}, {}),
+    "a start from rows": ({**SMALL, "model_type": "llama"}, "lora", {}, {"init_lora_weights": "eva"}),
+    "a start from weights": ({**SMALL, "model_type": "llama"}, "qlora", {}, {"init_lora_weights": "loftq"}),
+    "a budget": ({**SMALL, "model_type": "llama"}, "lora", {"memory_budget": "1MB"}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CALIBRATED)
+def test_what_can_be_calibrated_for(case, cache, tmp_path):
+    """At most four layers are timed."""
+    contents, method, train, lora = CALIBRATED[case]
+    (tmp_path / "config.json").write_text(json.dumps(contents))
+    asked = PlanConfig(
+        model=str(tmp_path), gpu="cpu", method=method, lora=LoraConfig(r=2, **lora), quant=QuantConfig(block_size=32),
+        train=TrainConfig(batch_size=2, max_length=16, **train),
+    )  # fmt: skip
+    measured = calibrate(asked)["measured"]
+    assert measured.keys() == {method}
+    assert measured[method]["layers"] == 4
+
+
+@pytest.mark.parametrize(("contents", "other"), [
+    (MIXTURE, "down_proj"), ({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 96}, "c_fc"),
+])  # fmt: skip
+def test_layers_are_packed_as_they_are_while_loading(contents, other):
+    """Experts, and layers whose weights are turned."""
+    config = QuantConfig(block_size=32, pattern={other: {"quant_type": "int8"}})
+    wanted, found = uninitialised(contents, config, torch.float32), uninitialised(contents, None, torch.float32)
+    for parameter in found.parameters():
+        torch.nn.init.ones_(parameter)
+    pack(found, config)
+    kinds = [
+        {name: (m.quant_type, m.weight.shape) for name, m in model.named_modules() if hasattr(m, "quant_type")}
+        for model in (found, wanted)
+    ]
+    assert kinds[0] == kinds[1]
+    assert {kind for kind, _ in kinds[0].values()} == {"nf4", "int8"}
 
 
 def test_calibration_in_bad_cases(tiny_model, cache):

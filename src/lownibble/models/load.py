@@ -203,6 +203,21 @@ def uninitialised(config: Mapping[str, Any], quant: QuantConfig | None, dtype: t
     return model
 
 
+def pack(model: nn.Module, quant: QuantConfig) -> None:
+    """Pack the dense weights of a model where they are, those that `load` would.
+
+    Raises:
+        ConfigError, QuantizationError, ModelError: as `quantizable`.
+    """
+    stacks = experts.shapes(model)
+    for path, how in quantizable(model, quant).items():
+        if path in stacks:
+            pack_experts(model, path, how)
+        else:
+            linear: Any = model.get_submodule(path)
+            model.set_submodule(path, QuantLinear.from_linear(linear, how, name=path))
+
+
 def tied_aliases(model: nn.Module) -> set[str]:
     """Duplicate names of tied parameters."""
     first = {name for name, _ in model.named_parameters()}

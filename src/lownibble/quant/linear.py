@@ -233,7 +233,7 @@ class QuantLinear(nn.Module):
     def from_linear(cls, linear: nn.Linear, quant: str | QuantConfig = "nf4", *, name: str = "weight") -> QuantLinear:
         """Quantise a dense linear layer; `name` is the weight's name in errors."""
         config = QuantConfig(quant_type=quant) if isinstance(quant, str) else quant
-        weight = quantize(linear.weight, config, name=name)
+        weight = quantize(matrix(linear).contiguous(), config, name=name)
         return cls(weight, linear.bias, compute=eightbit.choose(config.compute, weight.device))
 
     @property

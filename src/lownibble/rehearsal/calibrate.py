@@ -2,8 +2,10 @@
 
 The layers have the model's own sizes and random weights, so any decoder-only model known to the planner can be calibrated for,
 also one that does not fit here. If the device's peaks are not known (a CPU the first time, a GPU that is not in the table), they
-are measured too (a large matrix product, a large copy). The share is computed from the step time minus the planned time of moving
-bytes: the inverse of `planning/speed.py`. It is stored for later plans (`planning/calibration.py`).
+are measured too (a large matrix product, a large copy). Steps are of next-token training from LoRA's plain start, whatever is
+asked for: other objectives do more of the same work, and a start is over before the first step. The share is computed from the
+step time minus the planned time of moving bytes: the inverse of `planning/speed.py`. It is stored for later plans
+(`planning/calibration.py`).
 """
 
 from __future__ import annotations
@@ -15,22 +17,21 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lownibble import record
-from lownibble.arch import ModelShape, read_shape
-from lownibble.config import METHODS, Method, PlanConfig
+from lownibble.arch import ModelShape, read_shape, text_part
+from lownibble.config import METHODS, NEXT_TOKEN, PREFERENCE, Method, PlanConfig, TrainConfig
 from lownibble.data import Example
 from lownibble.errors import ConfigError
 from lownibble.lora import add_lora
 from lownibble.lora.activated import for_shapes
 from lownibble.memory.planned import device_of
 from lownibble.models import pick_device, pick_dtype
-from lownibble.models.load import quantizable
+from lownibble.models.load import pack
 from lownibble.optim import close_states
 from lownibble.planning import calibration, hardware
 from lownibble.planning.hardware import Device
 from lownibble.planning.memory import MemoryPlan, plan_memory
 from lownibble.planning.models import find_config
 from lownibble.planning.speed import moved_bytes, step_flops
-from lownibble.quant import QuantLinear
 from lownibble.rehearsal.products import flops_per_s, least_seconds
 from lownibble.training.loop import Trainer
 
@@ -43,6 +44,10 @@ COPY_BYTES = 2**28
 MARGIN = 0.2
 """Relative widening of the measured interval on both sides, for more layers, other lengths and batches, and other times."""
 
+_NEXT_TOKEN = {"objective": NEXT_TOKEN} | {
+    name: TrainConfig.model_fields[name].default for names in PREFERENCE.values() for name in names
+}
+
 
 def calibrate(config: PlanConfig) -> dict[str, Any]:
     """Measure each method's share of peak FLOP/s (`efficiency`: low, likely, high) and step times; store and return them.
@@ -51,8 +56,11 @@ def calibrate(config: PlanConfig) -> dict[str, Any]:
         ModelError: the model is not known.
         ConfigError: no method's steps fit here, the model has an encoder, or another device was requested.
     """
+    config = config.with_options(
+        train=config.train.with_options(**_NEXT_TOKEN), lora=config.lora.with_options(init_lora_weights=True)
+    )
     torch_device = pick_device()
-    device, contents = device_of(torch_device), find_config(config.model)
+    device, contents = device_of(torch_device), text_part(find_config(config.model))
     name = "cpu" if torch_device.type == "cpu" else hardware.known_as(device.name)
     in_table = name == "cpu" or name in hardware.names()
     known = calibration.calibrated(hardware.device(name) if in_table else device)
@@ -88,7 +96,7 @@ def _few_layers(
     layers = shape.layers
     for count in (n for n in (LAYERS, 2, 1) if n <= max(1, layers)):
         few = {**contents, "num_hidden_layers": count}
-        if "layer_types" in few:
+        if few.get("layer_types"):
             few["layer_types"] = few["layer_types"][:count]
         shape = read_shape(few, config.model)
         plan = plan_memory(
@@ -103,7 +111,7 @@ def _measure(
     config: PlanConfig, method: Method, contents: dict[str, Any], shape: ModelShape, plan: MemoryPlan, device: torch.device,
     flops: float, bandwidth: float,
 ) -> dict[str, Any]:  # fmt: skip
-    train = config.train.with_options(max_steps=STEPS + 1, torch_compile=False, output_dir=None, resume=False)
+    train = config.train.with_options(max_steps=STEPS + 1, torch_compile=False, memory_budget=None, output_dir=None, resume=False)
     model = _model(config, method, contents, device)
     rows = list(_rows(train.batch_size * train.gradient_accumulation_steps, train.max_length, shape.vocab))
     trainer = Trainer(model, _Padding(), rows, rows[:1], train)
@@ -144,10 +152,7 @@ def _model(config: PlanConfig, method: Method, contents: Mapping[str, Any], devi
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(wanted, dtype=dtype, trust_remote_code=False)
     if method == "qlora":
-        for path in quantizable(model, config.quant):
-            owner, _, name = path.rpartition(".")
-            parent = model.get_submodule(owner)
-            setattr(parent, name, QuantLinear.from_linear(getattr(parent, name), config.quant))
+        pack(model, config.quant)
     model.to(device)
     if method != "full":
         add_lora(model, for_shapes(config.lora))
