@@ -133,6 +133,14 @@ def test_where_memory_runs_out_before_the_budget_the_last_pass_counts():
     assert fit.max_tokens == 64
 
 
+@pytest.mark.parametrize(("ends", "remedy"), [(70, r"64 tokens took .*Set max_length=64 "), (0, "Take a smaller model")])
+def test_a_device_smaller_than_the_budget_is_told_as_such(ends, remedy):
+    """A larger budget would not help."""
+    with pytest.raises(ConfigError, match=rf"memory ran out below the memory budget of 1\.00 GB.* {remedy}") as e:
+        choose(10**9, needs(longest=100), Memory(ends=ends))
+    assert not re.search(r"-\d| more|memory_budget", str(e.value))
+
+
 def test_a_setting_that_was_asked_for_is_kept():
     fit = choose(10**6, needs(open_to=(BOTH,)), Memory())
     assert (fit.paged, fit.gradient_checkpointing) == (True, True)

@@ -136,7 +136,7 @@ def choose(budget_bytes: int, needs: Needs, bench: Bench) -> Fit:
     """Choose the cheapest setting and microbatch size within a budget.
 
     Raises:
-        ConfigError: nothing fits; the message says by how much, and what would.
+        ConfigError: nothing fits; the message says by how much, and what would, or that the device is smaller than the budget.
     """
     found: list[Fit] = []
     probes: list[Probe] = []
@@ -154,6 +154,15 @@ def choose(budget_bytes: int, needs: Needs, bench: Bench) -> Fit:
     if found:
         return max(found, key=lambda fit: fit.max_tokens or needs.whole)
     setting, search = list(searches.items())[-1]  # the setting that saves most; the minimum of all estimates would be biased low
+    if search.ran_out is not None:
+        tokens, peak = max(search.measured)
+        fitted = (
+            f"{tokens} tokens took {_size(peak)}. Set max_length={tokens} (--max-length)" if tokens else "Take a smaller model"
+        )
+        raise ConfigError(
+            f"Training does not fit: memory ran out below the memory budget of {_size(budget_bytes)}, in a pass of "
+            f"{search.ran_out} tokens{setting.words}. {fitted}, or a method that takes less (qlora, lora, full)."
+        )
     needed = int(SLACK * (search.at(needs.longest_row) + needs.state_bytes[setting]) / AIM)
     most = search.largest()
     what = (
@@ -170,13 +179,15 @@ def choose(budget_bytes: int, needs: Needs, bench: Bench) -> Fit:
 
 
 class _Search:
-    """Search for the largest microbatch within a limit. `measured`: (tokens, peak bytes); `points`: the same with margin."""
+    """Search for the largest microbatch within a limit. `measured`: (tokens, peak bytes); `points`: the same with margin;
+    `ran_out`: tokens of the one that there was no memory for, though the limit allowed it."""
 
     def __init__(self, limit: int, needs: Needs, bench: Bench, setting: Setting) -> None:
         self.limit, self.needs, self.bench = limit, needs, bench
         self.resident, self.margin = bench.resident(setting), MARGIN[setting.gradient_checkpointing]
         self.measured = [(0, self.resident)]
         self.points = [(0, self.resident)]
+        self.ran_out: int | None = None
 
     def run(self) -> int | None:
         """Return the largest microbatch size in tokens; None if the longest row does not fit."""
@@ -185,7 +196,10 @@ class _Search:
             tokens, last = self.bench.size(min(wanted, whole)), self.points[-1][0]
             reaches = tokens == whole or last < self.needs.longest_row <= tokens  # decides whether a row or the batch fits
             enough = tokens <= last if reaches else tokens <= last * (1 + PRECISION)
-            if enough or not self._measure(tokens):
+            if enough:
+                break
+            if not self._measure(tokens):
+                self.ran_out = tokens
                 break
             wanted = min(GROWTH * tokens, self.largest())
         tokens, peak = self.points[-1]
