@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from lownibble.arch import _KEYS, FAMILIES, paths, read_shape
+from lownibble.arch import _KEYS, FAMILIES, is_known, paths, read_shape
 from lownibble.errors import ModelError
 
 SIZES = {
@@ -72,7 +72,33 @@ def test_what_a_configuration_leaves_out_is_what_transformers_takes(model_type):
     whole = AutoConfig.for_model(model_type).to_dict()
     keys = {**_KEYS, **FAMILIES[model_type].names}
     least = {"model_type": model_type, **{keys[ours]: whole[keys[ours]] for ours in ("layers", "hidden")}}
-    assert read_shape(least, "x").parameters == read_shape({**whole, "model_type": model_type}, "x").parameters
+    found, expected = read_shape(least, "x"), read_shape({**whole, "model_type": model_type}, "x")
+    assert (found.parameters, found.window) == (expected.parameters, expected.window)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"use_sliding_window": False}, {"use_sliding_window": True}, {"use_sliding_window": True, "max_window_layers": 3},
+    {"use_sliding_window": True, "max_window_layers": 2}, {"use_sliding_window": True, "sliding_window": None},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe", "mistral", "gpt_oss"])
+def test_windows_are_those_of_transformers(model_type, changes):
+    config = config_of(model_type, **{"sliding_window": 16, **changes})
+    theirs = AutoConfig.for_model(**config)
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"]
+    assert read_shape(config).window == (theirs.sliding_window if "sliding_attention" in kinds else None)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "phi", "phi3"])
+def test_key_heads_that_are_null_are_as_many_as_heads(model_type):
+    config = config_of(model_type, num_attention_heads=8, num_key_value_heads=None, head_dim=8)
+    assert read_shape(config).key_heads == AutoConfig.for_model(**config).num_key_value_heads == 8
+
+
+def test_norms_that_a_family_has_not_are_left_to_be_traced():
+    config = config_of("phi", qk_layernorm=True)
+    assert not is_known(config)
+    with pytest.raises(ModelError, match=r"norms of query and key \(qk_layernorm\), which .* --exact"):
+        read_shape(config, "x")
 
 
 def test_the_text_model_of_a_wrapper_is_planned_and_said():
@@ -80,6 +106,8 @@ def test_the_text_model_of_a_wrapper_is_planned_and_said():
     shape = read_shape({"model_type": "gemma3", "text_config": published}, "gemma-3-4b")
     assert (shape.heads, shape.key_heads, shape.head_dim, shape.vocab, shape.wrapper) == (8, 4, 256, 262208, "gemma3")
     assert read_shape(published, "x").wrapper == ""
+    assert read_shape({**published, "text_config": None}, "x").wrapper == ""
+    assert is_known({**published, "text_config": None})
 
 
 @pytest.mark.parametrize(

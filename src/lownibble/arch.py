@@ -81,17 +81,26 @@ def _gemma(*sizes: int) -> dict[str, Any]:
     return {**_TIED, "head_dim": 256, **_sizes(*sizes)}
 
 
+_WINDOW: dict[str, Any] = {"sliding_window": 4096}
+_UNUSED_WINDOW: dict[str, Any] = {**_WINDOW, "use_sliding_window": False}
 _BIASES: dict[str, Any] = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(defaults=_sizes(32, 4096, 11008, 32, 32000), mlp_bias="mlp_bias", **_BIASES),
-    "mistral": Family(defaults=_sizes(32, 4096, 14336, 32, 32000, 8)),
-    "qwen2": Family(defaults=_sizes(32, 4096, 22016, 32, 151936, 32), qkv_bias=True),
-    "qwen3": Family(defaults={"head_dim": 128, **_sizes(32, 4096, 22016, 32, 151936, 32)}, qk_norm=True, **_BIASES),
+    "mistral": Family(defaults={**_WINDOW, **_sizes(32, 4096, 14336, 32, 32000, 8)}),
+    "qwen2": Family(
+        defaults={"max_window_layers": 28, **_UNUSED_WINDOW, **_sizes(32, 4096, 22016, 32, 151936, 32)}, qkv_bias=True
+    ),
+    "qwen3": Family(
+        defaults={"head_dim": 128, **_UNUSED_WINDOW, "max_window_layers": 28, **_sizes(32, 4096, 22016, 32, 151936, 32)},
+        qk_norm=True, **_BIASES,
+    ),
     "gemma": Family(defaults=_gemma(28, 3072, 24576, 16, 256000, 16), norm="rms1", scaled=True, **_BIASES),
-    "gemma2": Family(defaults=_gemma(26, 2304, 9216, 8, 256000, 4), norm="rms1", norms=4, scaled=True, **_BIASES),
+    "gemma2": Family(
+        defaults={**_WINDOW, **_gemma(26, 2304, 9216, 8, 256000, 4)}, norm="rms1", norms=4, scaled=True, **_BIASES
+    ),
     "gemma3_text": Family(
-        defaults=_gemma(26, 2304, 9216, 8, 262208, 4), norm="rms1", norms=4, qk_norm=True, scaled=True, **_BIASES
+        defaults={**_WINDOW, **_gemma(26, 2304, 9216, 8, 262208, 4)}, norm="rms1", norms=4, qk_norm=True, scaled=True, **_BIASES
     ),
     "phi": Family(
         defaults={"hidden_act": "gelu_new", "partial_rotary_factor": 0.5, **_sizes(24, 2048, 8192, 32, 51200)},
@@ -111,7 +120,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(
         names={"experts": "num_experts", "expert_ffn": "moe_intermediate_size", "active_experts": "num_experts_per_tok"},
         defaults={
-            "num_experts_per_tok": 8, "num_experts": 128, "moe_intermediate_size": 768, **_sizes(24, 2048, 6144, 32, 151936, 4)
+            "num_experts_per_tok": 8, "num_experts": 128, "moe_intermediate_size": 768, **_UNUSED_WINDOW,
+            **_sizes(24, 2048, 6144, 32, 151936, 4)
         },
         qk_norm=True, experts=True, **_BIASES,
     ),
@@ -285,18 +295,20 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
-    """Whether the contents of a config.json, or of its text model's, are of a family in `FAMILIES`, with layers all alike."""
+    """Whether the contents of a config.json, or of its text model's, are of a family in `FAMILIES`, with its layers."""
     config = text_part(config)
-    return str(config.get("model_type", "")) in FAMILIES and not _mixed(config)
+    return str(config.get("model_type", "")) in FAMILIES and not _other_layers(config)
 
 
-def _mixed(config: Mapping[str, Any]) -> str:
-    """The key by which some layers of a known mixture have no experts, or ''."""
+def _other_layers(config: Mapping[str, Any]) -> str:
+    """How layers, or some of them, are others than those of the model's family, or ''."""
+    if config.get("qk_layernorm"):  # phi's
+        return "with norms of query and key (qk_layernorm)"
     if not FAMILIES[str(config["model_type"])].experts:
         return ""
     if config.get("mlp_only_layers"):
-        return "mlp_only_layers"
-    return "decoder_sparse_step" if config.get("decoder_sparse_step") not in (None, 1) else ""
+        return "without experts (mlp_only_layers)"
+    return "without experts (decoder_sparse_step)" if config.get("decoder_sparse_step") not in (None, 1) else ""
 
 
 def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelShape:
@@ -319,14 +331,15 @@ def read_shape(config: str | Path | Mapping[str, Any], name: str = "") -> ModelS
             f"{f'The nearest that it knows is {near[0]!r}. ' if near else ''}Known: {', '.join(FAMILIES)}."
         )
     family = FAMILIES[model_type]
-    if key := _mixed(contents):
-        raise ModelError(
-            f"'{name}' has layers without experts ({key}), which the planner's own shapes do not. Trace it: --exact."
-        )
+    if other := _other_layers(contents):
+        raise ModelError(f"'{name}' has layers {other}, which the planner's own shapes do not. Trace it: --exact.")
     given = {key: value for key, value in contents.items() if value is not None}
     if "num_experts" in family.defaults and "num_local_experts" in given:
         given.setdefault("num_experts", given["num_local_experts"])  # as transformers writes it
     values = {**family.defaults, **given}
+    for key in ("num_key_value_heads", "sliding_window"):  # where null is a value: as many as there are heads, and no window
+        if key in contents and key not in given:
+            values.pop(key, None)
     keys = {**_KEYS, **family.names}
     heads, hidden = values.get(keys["heads"]), values.get(keys["hidden"])
     values.setdefault("num_key_value_heads", heads)
@@ -386,9 +399,13 @@ def _shape(name: str, model_type: str, family: Family, values: Mapping[str, Any]
     rotary = values.get("rope_parameters") or {}
     part = rotary.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
     kinds = values.get("layer_types") or ()
-    windowed = bool(values.get("sliding_window")) and values.get("use_sliding_window", True)
+    windowed = bool(values.get("sliding_window"))
+    if "use_sliding_window" in family.defaults:
+        windowed = windowed and bool(values["use_sliding_window"])
     if kinds:
         windowed = windowed and any(kind != "full_attention" for kind in kinds)
+    elif "max_window_layers" in family.defaults:
+        windowed = windowed and sizes["layers"] > values["max_window_layers"]
     return ModelShape(
         name, model_type, sizes["layers"], hidden, sizes["ffn"], sizes["heads"], sizes["key_heads"], sizes["head_dim"],
         sizes["vocab"], bool(values.get("tie_word_embeddings", False)), linears,
