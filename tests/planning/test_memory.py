@@ -19,6 +19,7 @@ from lownibble.optim import close_states, make_optimizer, planned_bytes, specs
 from lownibble.optim import state_bytes as optimizer_state_bytes
 from lownibble.planning import hardware, models
 from lownibble.planning.memory import _ranks, packed_layers, plan_memory, state_bytes
+from lownibble.planning.plan import plan
 from lownibble.quant import quantize
 
 CONFIG = LlamaConfig(
@@ -226,3 +227,14 @@ def test_what_is_skipped_stays_dense():
         plan_memory(shape, device, "qlora", quant=QuantConfig(skip_modules=["wrong"]), **options)
     with pytest.raises(ConfigError, match="quantised head"):
         plan_memory(shape, device, "qlora", quant=QuantConfig(skip_modules=[]), **options)
+
+
+@pytest.mark.parametrize("gpu", ["rtx-4090", "cpu"])
+@pytest.mark.parametrize(("options", "says"), [
+    ({"optim_page_budget": "4MB"}, r"for paged optimisers\. Got optim='adamw'\. Set optim='paged_adamw'"),
+    ({"optim": "paged_adamw", "optim_page_budget": "4KB"}, r"at least one page, 1 MiB\. Got 4000 bytes"),
+])  # fmt: skip
+def test_page_budgets_that_the_optimiser_refuses_are_not_planned(options, says, gpu):
+    with pytest.raises(ConfigError, match=says):
+        plan("smollm2-135m", gpu=gpu, method="lora", **options)
+    plan("smollm2-135m", gpu=gpu, method="lora", optim="paged_adamw", optim_page_budget="1048576B")

@@ -9,6 +9,7 @@ import torch
 from lownibble.arch import read_shape
 from lownibble.config import DataConfig, LoraConfig, PlanConfig, QuantConfig, RunConfig, TrainConfig
 from lownibble.errors import ConfigError, InputError, ModelError
+from lownibble.lora import add_lora, set_adapter
 from lownibble.memory import planned
 from lownibble.models.load import pack, uninitialised
 from lownibble.planning import calibration, hardware
@@ -72,6 +73,20 @@ def test_the_plan_is_of_the_run_as_configured(config, method, train, skip):
         b.input_ids.numel() for _, rows in zip(range(6), trainer.micro.steps(), strict=False) for b in trainer.micro.batches(rows)
     ]
     assert batch.rows * batch.length == max(sizes)
+
+
+def test_the_adapter_that_is_trained_is_planned(config):
+    """Of several."""
+    asked, larger = config("lora"), LoraConfig(r=8)
+    trainer, _ = prepare(asked)
+    add_lora(trainer.model, larger, name="larger")
+    set_adapter(trainer.model, "larger")
+    shape, found = read_shape(trainer.model.config.to_dict()), planned.plan_of(trainer)
+    plans = [
+        plan_memory(shape, hardware.this_machine(), "lora", quant=asked.quant, lora=lora, train=asked.train, batch=found[0])
+        for lora in (asked.lora, larger)
+    ]
+    assert plans[0] != found[1] == plans[1]
 
 
 def test_a_record_has_both_and_the_error(config):

@@ -11,7 +11,7 @@ from lownibble import launch
 from lownibble.arch import all_paths, read_shape
 from lownibble.config import LoraConfig, Method, QuantConfig, TrainConfig
 from lownibble.errors import ConfigError, InputError
-from lownibble.lora.active import adapter_configs
+from lownibble.lora.active import active_adapter, adapter_configs
 from lownibble.lora.layer import LoraLinear
 from lownibble.lora.merge_aware import MergeAware
 from lownibble.memory.budget import Fit
@@ -101,7 +101,7 @@ def plan_of(run: TrainingRun) -> tuple[Batch, MemoryPlan]:
         ModelError, ConfigError, TargetError: the planner does not know the model or an option.
     """
     model, train, fit = run.model, run.config, run.fit
-    shape, adapters = read_shape(model.config.to_dict()), adapter_configs(model)
+    shape, adapters, active = read_shape(model.config.to_dict()), adapter_configs(model), active_adapter(model)
     packed = {path.removesuffix(".base"): m for path, m in model.named_modules() if isinstance(m, QuantLinear)}
     method: Method = "full" if not adapters else "qlora" if packed else "lora"
     quant = QuantConfig()
@@ -122,7 +122,7 @@ def plan_of(run: TrainingRun) -> tuple[Batch, MemoryPlan]:
     device = device_of(run.device)
     return batch, plan_memory(
         shape, device, method, quant=quant,
-        lora=next(iter(adapters.values()), LoraConfig()), train=options, dtype=str(model.dtype).removeprefix("torch."),
+        lora=LoraConfig() if active is None else adapters[active], train=options, dtype=str(model.dtype).removeprefix("torch."),
         batch=batch, rounded=_rounded(model), compiled=run.passes.compiled and device.kind == "cuda",
         parallel=run.ranks.mode if run.ranks.several else None, ranks=run.ranks.world,
     )  # fmt: skip
