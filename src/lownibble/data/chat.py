@@ -31,6 +31,7 @@ from functools import cached_property, lru_cache
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
+from lownibble.data.calls import as_object, as_other, prints_python, with_arguments
 from lownibble.data.turns import (
     REASONING_KEYS,
     Regions,
@@ -143,20 +144,20 @@ class ChatRenderer:
     def _called(
         self, messages: list[dict[str, Any]], tools: Any, generation: bool, **options: Any
     ) -> tuple[list[dict[str, Any]], str]:  # fmt: skip
-        """The messages, with the arguments of their calls in the form that the template takes, and their text. Arguments that are
-        text (OpenAI's) are tried as the object that they hold first: many templates print them as JSON, and text as a string."""
-        parsed = [_with_calls(message, _object_call) for message in messages]
+        """The messages, with the arguments of their calls in the form that the template takes, and their text: text that holds an
+        object is tried as the object first."""
+        parsed = [with_arguments(message, as_object) for message in messages]
         if parsed != messages:
             try:
                 text = self._render(parsed, tools, generation, **options)
             except DataError:
                 text = ""
-            if text and not _prints_python(parsed, text):
+            if text and not prints_python(parsed, text):
                 return parsed, text
         try:
             return messages, self._render(messages, tools, generation, **options)
         except DataError:
-            other = [_with_calls(message, _other_call) for message in messages]
+            other = [with_arguments(message, as_other) for message in messages]
             if other == messages:
                 raise
             return other, self._render(other, tools, generation, **options)
@@ -400,46 +401,6 @@ def _spoken(role: str, content: Any) -> list[dict[str, Any]]:
         called = {"role": "assistant", "content": "", "tool_calls": [call]}
         return [asked, called, {**said, "name": "b", "tool_call_id": "lownibble"}]
     return [said, asked]
-
-
-def _with_calls(message: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """A message with each of its tool calls changed."""
-    calls = message.get("tool_calls")
-    return {**message, "tool_calls": [change(call) for call in calls]} if isinstance(calls, list) else message
-
-
-def _object_call(call: Any) -> Any:
-    """A call whose arguments are an object, if they are text that holds one."""
-    if not isinstance(call, Mapping):
-        return call
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _object_call(call["function"])}
-    given = call.get("arguments")
-    try:
-        found = json.loads(given or "{}") if isinstance(given, str) else None
-    except (ValueError, RecursionError):
-        found = None
-    return {**call, "arguments": found} if isinstance(found, dict) else call
-
-
-def _other_call(call: Any) -> Any:
-    """A call whose arguments are text instead of an object, or an object instead of text."""
-    if not isinstance(call, Mapping):
-        return call
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _other_call(call["function"])}
-    given = call.get("arguments")
-    if isinstance(given, str):
-        return _object_call(call)
-    return call if given is None else {**call, "arguments": json.dumps(given, ensure_ascii=False)}
-
-
-def _prints_python(messages: list[dict[str, Any]], text: str) -> bool:
-    """Whether a template prints an object of arguments as Python writes it, and not as JSON."""
-    calls = [call for message in messages for call in message.get("tool_calls") or [] if isinstance(call, Mapping)]
-    found = [inner.get("arguments") for call in calls if isinstance(inner := call.get("function", call), Mapping)]
-    objects = [arguments for arguments in found if isinstance(arguments, dict) and arguments]
-    return any(str(each) in text and json.dumps(each, ensure_ascii=False) not in text for each in objects)
 
 
 def _shows(rendered: str, probe: str) -> bool:
