@@ -50,6 +50,12 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def address_of(listener: socket.socket) -> str:
+    """Its address as a URL, without a slash at the end."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def ask_for_key(host: str, key: str | None, danger: str) -> None:
     """Refuse to listen where other machines reach a server without a key; `danger` says what they could do.
 

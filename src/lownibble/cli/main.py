@@ -7,6 +7,7 @@ standard error. Exit code 0: success; 1: failure; 2: usage or input error; 128 +
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -247,8 +248,9 @@ def _could_be(positional: str, word: str) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, AttributeError):  # not all that stands in for a stream can
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # names, or a terminal, not in UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            with suppress(OSError):  # a file that is read as well as written cannot
+                stream.reconfigure(errors="backslashreplace")  # names, or a terminal, not in UTF-8
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         return _main(argv)

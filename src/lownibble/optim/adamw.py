@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 
 from lownibble.errors import ConfigError
 from lownibble.optim.paged_adamw import SIZES, EightBit, Fused, PagedAdamW
-from lownibble.optim.specs import Groups, Paging, is_paged, paged_name, spec
+from lownibble.optim.specs import Groups, Paging, check_paged, spec
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """QLoRA's and transformers' defaults."""
@@ -62,9 +62,7 @@ def make_optimizer(
         ConfigError: the budget is below one page, or was given for an optimiser that is not paged; or the optimiser, one from
             outside, does not keep groups of different rates apart.
     """
-    if page_budget is not None and not is_paged(kind):
-        instead = f"Set optim='{paged_name(kind)}' (--optim), or leave the budget out." if paged_name(kind) else "Leave it out."
-        raise ConfigError(f"The 'optim_page_budget' of TrainConfig is for paged optimisers. Got optim='{kind}'. {instead}")
+    check_paged(kind, page_budget)
     trained = [p for p in parameters if p.requires_grad]
     shared, chosen = {"betas": BETAS, "eps": EPSILON}, {id(p) for p in fast}
     kinds: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (True, ratio): [], (False, ratio): []}

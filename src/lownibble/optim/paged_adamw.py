@@ -196,11 +196,8 @@ class PagedAdamW(torch.optim.Optimizer):
             self.budget_bytes, self._folder = specs.page_budget(self.total_bytes, paging.budget_bytes), paging.folder
         padded = sum(field.span(p.numel()) for p in self._fields for field in self._fields[p])
         self._page_bytes = page_bytes or specs.page_bytes(padded, self.budget_bytes, self._device.type)
-        if self.budget_bytes is not None and self.budget_bytes < self._page_bytes:
-            raise ConfigError(
-                f"The page budget of the optimiser must be at least one page, {self._page_bytes / 2**20:g} MiB. Got "
-                f"{self.budget_bytes} bytes. Raise 'optim_page_budget' (--optim-page-budget)."
-            )
+        if self.budget_bytes is not None:
+            specs.check_budget(self.budget_bytes, self._page_bytes)
         self._pages = self._lay_out(owned)
         self._store: PageStore | None = None
         self._held: dict[int, tuple[int, list[Any]]] = {}  # address of a buffer -> its page, and the pieces' states

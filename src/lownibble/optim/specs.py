@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lownibble.errors import ConfigError
 from lownibble.registry import OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -119,6 +120,30 @@ def paged_name(name: str) -> str | None:
 def is_paged(name: str) -> bool:
     """Whether the optimiser pages its states."""
     return spec(name).paged == name
+
+
+def check_paged(name: str, budget: int | None) -> None:
+    """Check that a page budget is given for a paged optimiser alone.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if budget is not None and not is_paged(name):
+        instead = f"Set optim='{paged_name(name)}' (--optim), or leave the budget out." if paged_name(name) else "Leave it out."
+        raise ConfigError(f"The 'optim_page_budget' of TrainConfig is for paged optimisers. Got optim='{name}'. {instead}")
+
+
+def check_budget(budget: int, page: int) -> None:
+    """Check that a budget holds a page, both in bytes.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if budget < page:
+        raise ConfigError(
+            f"The page budget of the optimiser must be at least one page, {page / 2**20:g} MiB. Got {budget} bytes. Raise "
+            "'optim_page_budget' (--optim-page-budget)."
+        )
 
 
 def both_moments(n: int, itemsize: int) -> int:

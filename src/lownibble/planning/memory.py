@@ -417,21 +417,12 @@ def state_bytes(trained: list[tuple[int, int]], train: TrainConfig, device_type:
         ConfigError: a page budget that the optimiser would refuse: it is not paged, or the budget is below one page.
     """
     each = [-(-specs.spec(train.optim).state_bytes(shards * n, size) // shards) for n, size in trained]
-    given, paged = n_bytes(train.optim_page_budget) if train.optim_page_budget else None, specs.paged_name(train.optim)
+    given = n_bytes(train.optim_page_budget) if train.optim_page_budget else None
+    specs.check_paged(train.optim, given)
     if not specs.is_paged(train.optim):
-        if given is not None:
-            instead = f"Set optim='{paged}' (--optim), or leave the budget out." if paged else "Leave it out."
-            raise ConfigError(
-                f"The 'optim_page_budget' of TrainConfig is for paged optimisers. Got optim='{train.optim}'. {instead}"
-            )
         return each
     budget = specs.page_budget(sum(each), given)
-    page = specs.page_bytes(sum(each), budget, device_type)
-    if budget < page:
-        raise ConfigError(
-            f"The page budget of the optimiser must be at least one page, {page / 2**20:g} MiB. Got {budget} bytes. Raise "
-            "'optim_page_budget' (--optim-page-budget)."
-        )
+    specs.check_budget(budget, specs.page_bytes(sum(each), budget, device_type))
     return [specs.resident_bytes(sum(each), budget, device_type)]
 
 

@@ -15,7 +15,7 @@ from lownibble.config import ServeConfig
 from lownibble.decoding import choose
 from lownibble.errors import ConfigError, ModelError
 from lownibble.kernels import proven
-from lownibble.listening import Server, ask_for_key, listen
+from lownibble.listening import Server, address_of, ask_for_key, listen
 from lownibble.models import load
 from lownibble.options import n_bytes
 from lownibble.serve.engine import Engine
@@ -72,8 +72,7 @@ def run_server(config: ServeConfig, tell: Callable[[str], None]) -> dict[str, An
     with listener:
         _open_many_files()
         service = make_service(config)
-        host, port = listener.getsockname()[:2]
-        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        address = address_of(listener)
         server = Server(
             uvicorn.Config(
                 app(service), log_level="warning", access_log=False, timeout_graceful_shutdown=int(config.drain_seconds) or 1,

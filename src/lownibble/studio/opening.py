@@ -11,7 +11,7 @@ import uvicorn
 
 from lownibble.config import StudioConfig
 from lownibble.errors import ConfigError
-from lownibble.listening import Server, ask_for_key, listen
+from lownibble.listening import Server, address_of, ask_for_key, listen
 from lownibble.studio.launched import opened
 from lownibble.studio.routes import app
 
@@ -28,8 +28,7 @@ def run_studio(config: StudioConfig, tell: Callable[[str], None]) -> dict[str, A
         raise ConfigError("The key (--api-key or LOWNIBBLE_API_KEY) must be ASCII text, and not empty. Set another, or unset it.")
     ask_for_key(config.host, key, "whoever reaches the studio can start processes")
     with opened(Path(config.folder)) as jobs, listen(config.host, config.port) as listener:
-        host, port = listener.getsockname()[:2]
-        address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        address = f"{address_of(listener)}/"
         jobs.announce(address)
         made = app(jobs, host=config.host, api_key=key)
         server = Server(uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
